@@ -1,0 +1,2 @@
+//! Processor architectures.
+pub mod x86_64;

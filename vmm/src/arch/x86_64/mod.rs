@@ -1,0 +1,1 @@
+//! x86_64: layout, boot, CPUID baselines, MSRs, ACPI.

@@ -1,0 +1,2 @@
+//! Host resources behind devices: files, io_uring, sockets, descriptors. No virtio types.
+#![allow(unsafe_code)]

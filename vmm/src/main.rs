@@ -1,0 +1,2 @@
+//! Entry point of `belljar-vmm`: hands over to `machine`.
+fn main() {}

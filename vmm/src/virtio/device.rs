@@ -1,0 +1,172 @@
+//! The contract between a virtio device and its transport.
+//!
+//! ```text
+//!            features agreed,                 driver writes 0,
+//!            DRIVER_OK                        or bad request
+//!   idle ───────────────────► active ─────────────────────────► idle / needs reset
+//!          activate()          │  ▲           reset()
+//!                       drain()│  │ queue_notified(), host_ready()
+//!                              ▼  │
+//!                             paused (vCPUs stopped, nothing in flight)
+//! ```
+//!
+//! The transport owns the queues and calls exactly one method at a time, under one lock per
+//! device, from whichever thread has work (a vCPU for registers, the event loop for kicks
+//! and host descriptors). A device never sees KVM: it has guest RAM, its queues, and an
+//! [`Interrupt`]. So every device runs in unit tests and fuzzers without a VM.
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use virtio_queue::Queue;
+
+use crate::memory::GuestRam;
+
+/// Bits of `InterruptStatus` (virtio 1.2 §4.2.2).
+const USED_RING: u32 = 1;
+const CONFIG_CHANGED: u32 = 2;
+
+/// What raises the interrupt line of a device (an irqfd in the machine, a counter in tests).
+pub trait InterruptLine: Send + Sync {
+    fn trigger(&self) -> io::Result<()>;
+}
+
+/// The interrupt of one device: `InterruptStatus` and the line. Shared between the transport
+/// (which reads and acknowledges) and the device (which raises).
+#[derive(Clone)]
+pub struct Interrupt {
+    status: Arc<AtomicU32>,
+    line: Arc<dyn InterruptLine>,
+}
+
+impl Interrupt {
+    pub fn new(line: Arc<dyn InterruptLine>) -> Self {
+        Self {
+            status: Arc::new(AtomicU32::new(0)),
+            line,
+        }
+    }
+
+    /// Tells the driver that used buffers wait in some queue. Callers ask
+    /// `Queue::needs_notification` first.
+    pub fn used_ring(&self) {
+        self.raise(USED_RING);
+    }
+
+    /// Tells the driver that configuration space, or the need for a reset, changed.
+    pub fn config_changed(&self) {
+        self.raise(CONFIG_CHANGED);
+    }
+
+    /// `InterruptStatus` as the driver reads it.
+    pub fn status(&self) -> u32 {
+        self.status.load(Ordering::Acquire)
+    }
+
+    /// `InterruptACK`: clears `bits`.
+    pub fn acknowledge(&self, bits: u32) {
+        self.status.fetch_and(!bits, Ordering::AcqRel);
+    }
+
+    /// Device reset, and restore of a saved status.
+    pub fn set_status(&self, bits: u32) {
+        self.status.store(bits, Ordering::Release);
+    }
+
+    fn raise(&self, bit: u32) {
+        self.status.fetch_or(bit, Ordering::AcqRel);
+        // An eventfd write fails only when 2^64-1 interrupts are pending, and then the
+        // line is raised already; KVM_IRQ_LINE does not fail on a wired GSI.
+        let _ = self.line.trigger();
+    }
+}
+
+/// What a device works with while it is active.
+pub struct DeviceIo<'a> {
+    pub mem: &'a GuestRam,
+    /// As many as `queue_sizes()`; a queue the driver did not enable has `ready() == false`
+    /// and must not be popped.
+    pub queues: &'a mut [Queue],
+    pub irq: &'a Interrupt,
+}
+
+/// A host descriptor the event loop polls (level-triggered) for a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostEvent {
+    /// Open as long as the device lives. Devices with descriptors that come and go (vsock)
+    /// own an epoll instance and name only that.
+    pub fd: RawFd,
+    /// Handed back to `host_ready`.
+    pub token: u16,
+}
+
+/// The driver broke the rules, or the device cannot go on. The transport logs it, sets
+/// DEVICE_NEEDS_RESET (virtio 1.2 §2.1.2) and ignores the device's queues until the driver
+/// resets it. A request that merely fails (I/O error, unknown type) is not an error here: it
+/// is answered in its own status byte.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    #[error("queue {queue}: {what}")]
+    BadQueue { queue: usize, what: String },
+    #[error("{what}: {source}")]
+    Host {
+        what: &'static str,
+        source: io::Error,
+    },
+}
+
+/// One virtio device. Implementations are `Send`, never block on anything a guest or a
+/// peer controls, and do at most a queue's length of work per call.
+pub trait VirtioDevice: Send {
+    /// Device id (virtio 1.2 §5): 2 is a block device, 19 a socket device, …
+    fn device_type(&self) -> u32;
+
+    /// For logs, metrics and errors: `blk/rootfs`, `vsock`.
+    fn name(&self) -> &str;
+
+    /// The maximum size of each queue, a power of two.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Offered feature bits. The transport adds VIRTIO_F_VERSION_1 and, where the device has
+    /// offered it, handles VIRTIO_RING_F_EVENT_IDX and VIRTIO_RING_F_INDIRECT_DESC in the queues.
+    fn features(&self) -> u64;
+
+    /// Reads configuration space. Bytes beyond its end read as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes configuration space; writes to read-only fields are ignored.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// DRIVER_OK with `features` agreed. The queues are valid.
+    fn activate(&mut self, io: &mut DeviceIo<'_>, features: u64) -> Result<(), DeviceError>;
+
+    /// The driver kicked `queue`, or the machine resumed and asks every queue to be looked at.
+    fn queue_notified(&mut self, io: &mut DeviceIo<'_>, queue: usize) -> Result<(), DeviceError>;
+
+    /// Host descriptors to poll from the device's creation on.
+    fn host_events(&self) -> Vec<HostEvent> {
+        Vec::new()
+    }
+
+    /// The descriptor with `token` is readable. `io` is `None` while the device is not
+    /// active: then it must make the descriptor unreadable (read it, or keep the event for
+    /// later) lest the event loop spin.
+    fn host_ready(
+        &mut self,
+        _io: Option<&mut DeviceIo<'_>>,
+        _token: u16,
+    ) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    /// Finishes or takes back every request in flight: afterwards nothing touches guest RAM
+    /// until the next call. Before pause and snapshot.
+    fn drain(&mut self, _io: &mut DeviceIo<'_>) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    /// Back to the state before `activate`. The transport has drained the device, and resets
+    /// the queues itself.
+    fn reset(&mut self);
+}
