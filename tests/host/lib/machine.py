@@ -1,0 +1,205 @@
+"""QEMU and its file servers as one thing that starts, talks and always ends.
+
+Nothing of it has a name in a file system: sockets are pairs or abstract, memory, initramfs and logs are
+anonymous. And every process asks the kernel to be killed when the runner dies. So there is nothing to
+clean up, whichever way a run ends.
+"""
+
+import ctypes
+import os
+import secrets
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernel import HostError, HostKernel, initramfs
+
+PR_SET_PDEATHSIG = 1
+CONSOLE_KEPT = 64 * 1024
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+QEMU = "qemu-system-x86_64"
+# Debian 12 has virtiofsd in qemu-system-common, later releases in a package of its own.
+VIRTIOFSD_PLACES = ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the emulated host is made of."""
+
+    memory_mib: int = 4096
+    cpus: int = 2
+    icount: bool = False
+    results: Path | None = None
+
+
+class Machine:
+    """A running emulated host. Use as a context manager: leaving it kills every process."""
+
+    def __init__(self, shape: Shape, kernel: HostKernel, job: dict[str, bytes]):
+        self.mark = secrets.token_bytes(32)
+        self.logs = tempfile.TemporaryFile()
+        self.console = bytearray()
+        self.children: list[subprocess.Popen] = []
+        self.inherited: list[socket.socket] = []
+        try:
+            self.stdout, self.stderr, self.control, self.serial = (self.channel() for _ in range(4))
+            self.start(shape, kernel, job)
+        except BaseException:
+            self.kill()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+    def channel(self) -> socket.socket:
+        """A socket to QEMU; its other end goes into `inherited`."""
+        ours, theirs = socket.socketpair()
+        self.inherited.append(theirs)
+        return ours
+
+    def start(self, shape: Shape, kernel: HostKernel, job: dict[str, bytes]) -> None:
+        if shutil.which(QEMU) is None:
+            raise HostError(f"{QEMU} is missing\n  remedy: apt-get install qemu-system-x86 qemu-system-common")
+        stdout, stderr, control, serial = (end.fileno() for end in self.inherited)
+        tree = self.serve_files("/")
+        job = {**job, "mark": self.mark}
+        image = os.memfd_create("initramfs")
+        with os.fdopen(image, "wb", closefd=False) as file:
+            file.write(initramfs(kernel, job))
+        cpus = 1 if shape.icount else shape.cpus
+        command = [
+            QEMU, "-M", "q35,accel=tcg", "-cpu", "EPYC,+svm,+npt,check=off", "-smp", str(cpus),
+            "-m", str(shape.memory_mib), "-nographic", "-no-reboot", "-nodefaults", "-monitor", "none",
+            "-object", f"memory-backend-memfd,id=memory,size={shape.memory_mib}M,share=on",
+            "-numa", "node,memdev=memory",
+            "-kernel", str(kernel.vmlinuz), "-initrd", f"/proc/self/fd/{image}",
+            "-append", "console=ttyS0 reboot=t panic=-1 mitigations=off quiet",
+            "-chardev", f"socket,id=serial,fd={serial}", "-serial", "chardev:serial",
+            "-device", "virtio-serial-pci",
+            "-chardev", f"socket,id=stdout,fd={stdout}", "-device", "virtserialport,nr=1,chardev=stdout",
+            "-chardev", f"socket,id=stderr,fd={stderr}", "-device", "virtserialport,nr=2,chardev=stderr",
+            "-chardev", f"socket,id=control,fd={control}", "-device", "virtserialport,nr=3,chardev=control",
+            *virtiofs_device("tree", tree),
+        ]
+        files = [stdout, stderr, control, serial, image, tree]
+        if shape.results is not None:
+            results = self.serve_files(str(shape.results))
+            files.append(results)
+            command += virtiofs_device("results", results)
+        if shape.icount:
+            # One executed instruction is one nanosecond, and idle time passes at once.
+            command += ["-icount", "shift=0,sleep=off"]
+        self.qemu = self.spawn(command, files)
+        os.close(image)
+        for end in self.inherited:
+            end.close()
+
+    def serve_files(self, directory: str) -> int:
+        """Starts virtiofsd for a directory; returns the descriptor of QEMU's connection to it."""
+        program = next((place for place in VIRTIOFSD_PLACES if os.access(place, os.X_OK)), None)
+        if program is None:
+            raise HostError("virtiofsd is missing\n  remedy: apt-get install qemu-system-common virtiofsd")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(b"\0belljar-host-" + secrets.token_hex(16).encode())
+            listener.listen(1)
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect(listener.getsockname())
+            self.inherited.append(connection)
+            if program == VIRTIOFSD_PLACES[0]:
+                options = ["-o", f"source={directory}", "-o", "sandbox=chroot,cache=auto,log_level=warn"]
+            else:
+                options = ["--shared-dir", directory, "--sandbox", "chroot", "--cache", "auto", "--log-level", "warn"]
+            self.spawn([program, f"--fd={listener.fileno()}", *options], [listener.fileno()])
+        return connection.fileno()
+
+    def spawn(self, command: list[str], files: list[int]) -> subprocess.Popen:
+        runner = os.getpid()
+
+        def die_with_the_runner():
+            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != runner:
+                os._exit(1)
+
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=self.logs, stderr=self.logs, pass_fds=files,
+            # Out of the terminal's process group: Ctrl-C is for the runner to handle.
+            start_new_session=True, preexec_fn=die_with_the_runner,
+        )
+        self.children.append(child)
+        return child
+
+    def relay(self, stdout: int, stderr: int) -> int:
+        """Copies output until the command ends; returns its exit status."""
+        outputs = {self.stdout: Output(stdout, self.mark), self.stderr: Output(stderr, self.mark)}
+        status = None
+        said = b""
+        with selectors.DefaultSelector() as selector:
+            for source in (self.stdout, self.stderr, self.control, self.serial):
+                selector.register(source, selectors.EVENT_READ)
+            while status is None or not all(output.ended for output in outputs.values()):
+                for key, _ in selector.select():
+                    data = key.fileobj.recv(1 << 18)
+                    if not data:
+                        selector.unregister(key.fileobj)
+                        if key.fileobj is not self.serial:
+                            raise HostError(f"the emulated host ended early\n{self.last_words()}")
+                    elif key.fileobj is self.serial:
+                        self.console = (self.console + data)[-CONSOLE_KEPT:]
+                    elif key.fileobj is self.control:
+                        said += data
+                        for line in said.split(b"\n")[:-1]:
+                            if line.startswith(b"exit "):
+                                status = int(line.removeprefix(b"exit "))
+                    else:
+                        outputs[key.fileobj].feed(data)
+        return status
+
+    def last_words(self) -> str:
+        """What QEMU, the file servers and the kernel said last, for an error message."""
+        self.logs.seek(0)
+        logs = self.logs.read().decode(errors="replace").splitlines()
+        console = self.console.decode(errors="replace").splitlines()
+        return "\n".join(f"  | {line}" for line in [*logs[-10:], *console[-20:]] if line.strip())
+
+    def kill(self) -> None:
+        for child in self.children:
+            child.kill()
+        for child in self.children:
+            child.wait()
+
+
+class Output:
+    """One output stream of the command, which ends with the machine's mark instead of an end of file."""
+
+    def __init__(self, destination: int, mark: bytes):
+        self.destination = destination
+        self.mark = mark
+        self.held = b""
+        self.ended = False
+
+    def feed(self, data: bytes) -> None:
+        """Writes all but a tail that might be the beginning of the mark."""
+        data = self.held + data
+        if data.endswith(self.mark):
+            self.ended = True
+            data, self.held = data[: -len(self.mark)], b""
+        else:
+            longest = min(len(data), len(self.mark) - 1)
+            kept = next((size for size in range(longest, 0, -1) if data.endswith(self.mark[:size])), 0)
+            data, self.held = data[: len(data) - kept], data[len(data) - kept :]
+        while data:
+            data = data[os.write(self.destination, data) :]
+
+
+def virtiofs_device(tag: str, connection: int) -> list[str]:
+    return ["-chardev", f"socket,id={tag},fd={connection}",
+            "-device", f"vhost-user-fs-pci,chardev={tag},tag={tag},queue-size=1024"]
