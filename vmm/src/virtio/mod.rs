@@ -2,7 +2,10 @@
 //! every device is one folder with the same file names.
 pub mod balloon;
 pub mod blk;
+pub mod chain;
 pub mod console;
 pub mod device;
 pub mod rng;
+#[cfg(test)]
+pub mod testing;
 pub mod vsock;
