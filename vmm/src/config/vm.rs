@@ -1,0 +1,154 @@
+//! The whole configuration as one document: `--config-file`, `GET /vm/config`.
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Balloon, BootSource, ConfigError, Console, Drive, Logger, MachineConfig, Metrics,
+    NO_RATE_LIMITER, Serial, Vsock, machine, refuse,
+};
+
+/// `PUT /entropy`: a virtio-rng device; there is nothing to set.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "RawEntropy")]
+pub struct Entropy {}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawEntropy {
+    #[serde(default)]
+    rate_limiter: Option<IgnoredAny>,
+}
+
+impl TryFrom<RawEntropy> for Entropy {
+    type Error = ConfigError;
+    fn try_from(raw: RawEntropy) -> Result<Self, ConfigError> {
+        refuse("rate_limiter", raw.rate_limiter.as_ref(), NO_RATE_LIMITER)?;
+        Ok(Self {})
+    }
+}
+
+/// `PUT /prepare` (ours): make VM, vCPUs and interrupt controllers ahead of the configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "RawPrepare")]
+pub struct Prepare {
+    /// 1..=32
+    pub vcpu_count: u8,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawPrepare {
+    vcpu_count: u64,
+}
+
+impl TryFrom<RawPrepare> for Prepare {
+    type Error = ConfigError;
+    fn try_from(raw: RawPrepare) -> Result<Self, ConfigError> {
+        Ok(Self {
+            vcpu_count: machine::vcpu_count(raw.vcpu_count)?,
+        })
+    }
+}
+
+/// Everything that is configured. Parsed from a file it is the same as the calls one by one:
+/// [`crate::api::Configurator::load`] checks what concerns several documents at once.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Raw", rename_all = "kebab-case")]
+pub struct VmConfig {
+    pub machine_config: MachineConfig,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub boot_source: Option<BootSource>,
+    /// In the order of their first appearance, which is the order the guest finds them in; a
+    /// root device stands first.
+    pub drives: Vec<Drive>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<Vsock>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub entropy: Option<Entropy>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<Balloon>,
+    /// `None`: no 16550.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial: Option<Serial>,
+    /// `None`: a console with the defaults.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub console: Option<Console>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logger: Option<Logger>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<Metrics>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct Raw {
+    #[serde(default)]
+    machine_config: Option<MachineConfig>,
+    #[serde(default)]
+    boot_source: Option<BootSource>,
+    #[serde(default)]
+    drives: Vec<Drive>,
+    #[serde(default)]
+    vsock: Option<Vsock>,
+    #[serde(default)]
+    entropy: Option<Entropy>,
+    #[serde(default)]
+    balloon: Option<Balloon>,
+    #[serde(default)]
+    serial: Option<Serial>,
+    #[serde(default)]
+    console: Option<Console>,
+    #[serde(default)]
+    logger: Option<Logger>,
+    #[serde(default)]
+    metrics: Option<Metrics>,
+    #[serde(default)]
+    network_interfaces: Vec<IgnoredAny>,
+    #[serde(default)]
+    pmem: Vec<IgnoredAny>,
+    #[serde(default)]
+    cpu_config: Option<IgnoredAny>,
+    #[serde(default)]
+    mmds_config: Option<IgnoredAny>,
+    #[serde(default)]
+    memory_hotplug: Option<IgnoredAny>,
+}
+
+impl TryFrom<Raw> for VmConfig {
+    type Error = ConfigError;
+    fn try_from(raw: Raw) -> Result<Self, ConfigError> {
+        refuse(
+            "network-interfaces",
+            raw.network_interfaces.first(),
+            "this version has no network",
+        )?;
+        refuse("pmem", raw.pmem.first(), "there are no pmem devices")?;
+        refuse(
+            "cpu-config",
+            raw.cpu_config.as_ref(),
+            "there are no CPU templates",
+        )?;
+        refuse(
+            "mmds-config",
+            raw.mmds_config.as_ref(),
+            "there is no metadata service",
+        )?;
+        refuse(
+            "memory-hotplug",
+            raw.memory_hotplug.as_ref(),
+            "RAM has a fixed size",
+        )?;
+        Ok(Self {
+            machine_config: raw.machine_config.unwrap_or_default(),
+            boot_source: raw.boot_source,
+            drives: raw.drives,
+            vsock: raw.vsock,
+            entropy: raw.entropy,
+            balloon: raw.balloon,
+            serial: raw.serial,
+            console: raw.console,
+            logger: raw.logger,
+            metrics: raw.metrics,
+        })
+    }
+}
