@@ -1,0 +1,10 @@
+//! Generates the message types from `proto/`. protox is a compiler in Rust, so no protoc is needed.
+
+use std::error::Error;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo::rerun-if-changed=proto");
+    let files = protox::compile(["belljar/agent/v1/agent.proto"], ["proto"])?;
+    prost_build::Config::new().compile_fds(files)?;
+    Ok(())
+}
