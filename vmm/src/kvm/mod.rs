@@ -1,2 +1,10 @@
-//! The KVM objects: VM, vCPUs, interrupt lines, event fds.
+//! The KVM objects: VM, vCPUs, interrupt lines, event fds. Everything else in the VMM sees
+//! only what these modules return: an interrupt line to trigger, event fds to poll, vCPUs to
+//! pause and resume.
 #![allow(unsafe_code)]
+
+mod vcpu;
+mod vm;
+
+pub use vcpu::{ExitCounters, Fault, GuestBus, Vcpu, VcpuError, VcpuThread};
+pub use vm::{IrqFd, Vm, VmError};

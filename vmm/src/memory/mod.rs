@@ -1,7 +1,151 @@
-//! Guest RAM.
+//! Guest RAM: where it lies, how it is mapped, what the host may do with it.
+//!
+//! RAM of a booted guest is private anonymous memory, so that exactly the pages the guest
+//! touched exist; the mappings are named `guest-ram` for whoever reads `/proc/PID/smaps`.
 #![allow(unsafe_code)]
 pub mod segment;
+
+use std::io;
+
+use vm_memory::mmap::MmapRegionError;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+
+use crate::arch::x86_64::layout;
 
 /// Guest RAM as every device sees it. Looked up on every access: a raw pointer that
 /// outlives one request is how peers turned queue bugs into memory-safety bugs.
 pub type GuestRam = vm_memory::GuestMemoryMmap<()>;
+
+/// Huge pages of x86_64, to which both ends of a KVM mapping should be aligned alike.
+const HUGE_PAGE: usize = 2 << 20;
+
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    #[error("guest RAM of {mib} MiB cannot be mapped: {source}")]
+    Map { mib: u64, source: io::Error },
+    #[error("guest RAM region at {start:#x} is not usable: {source}")]
+    Region { start: u64, source: MmapRegionError },
+    #[error("guest RAM regions overlap or wrap around")]
+    Layout,
+}
+
+/// One piece of guest RAM for a KVM memory slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot {
+    pub guest_start: u64,
+    pub len: u64,
+    pub host_start: u64,
+}
+
+/// Maps `mib` MiB of zeroed guest RAM: below the MMIO hole, the rest from 4 GiB on.
+pub fn allocate(mib: u64) -> Result<GuestRam, MemoryError> {
+    let bytes = mib
+        .checked_mul(1 << 20)
+        .filter(|b| *b <= usize::MAX as u64 / 2)
+        .ok_or(MemoryError::Layout)?;
+    let mut regions = Vec::with_capacity(2);
+    for (start, len) in layout::ram_ranges(bytes) {
+        let len = len as usize;
+        let host = map_aligned(len).map_err(|source| MemoryError::Map { mib, source })?;
+        // SAFETY: `host` is a fresh private mapping of `len` bytes that nobody else knows of
+        // and that is never unmapped: guest RAM lives as long as the process.
+        let mapping = unsafe {
+            MmapRegion::build_raw(host, len, libc::PROT_READ | libc::PROT_WRITE, MAP_FLAGS)
+        }
+        .map_err(|source| MemoryError::Region { start, source })?;
+        let region =
+            GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(MemoryError::Layout)?;
+        regions.push(region);
+    }
+    GuestRam::from_regions(regions).map_err(|_| MemoryError::Layout)
+}
+
+/// The KVM memory slots that make `ram` visible to the guest.
+pub fn slots(ram: &GuestRam) -> Vec<Slot> {
+    ram.iter()
+        .map(|region| Slot {
+            guest_start: region.start_addr().0,
+            len: region.len(),
+            host_start: region.as_ptr() as u64,
+        })
+        .collect()
+}
+
+const MAP_FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+
+/// Maps `len` bytes whose start is aligned to a huge page, names them, and keeps them out of
+/// core dumps: what a guest holds in RAM is its own business.
+fn map_aligned(len: usize) -> io::Result<*mut u8> {
+    let padded = len
+        .checked_add(HUGE_PAGE)
+        .ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
+    // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing.
+    let base = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            padded,
+            libc::PROT_READ | libc::PROT_WRITE,
+            MAP_FLAGS,
+            -1,
+            0,
+        )
+    };
+    if base == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let base = base as usize;
+    let start = base.next_multiple_of(HUGE_PAGE);
+    let (head, tail) = (start - base, HUGE_PAGE - (start - base));
+    // SAFETY: head and tail are the page-aligned ends of the mapping made above, outside
+    // [start, start + len).
+    unsafe {
+        if head > 0 {
+            libc::munmap(base as *mut _, head);
+        }
+        if tail > 0 {
+            libc::munmap((start + len) as *mut _, tail);
+        }
+        // Both are best effort: an old kernel cannot name mappings, and says so by EINVAL.
+        libc::madvise(start as *mut _, len, libc::MADV_DONTDUMP);
+        libc::prctl(
+            libc::PR_SET_VMA,
+            libc::PR_SET_VMA_ANON_NAME,
+            start,
+            len,
+            c"guest-ram".as_ptr(),
+        );
+    }
+    Ok(start as *mut u8)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    #[test]
+    fn small_ram_is_one_aligned_region() {
+        let ram = allocate(33).unwrap();
+        let slots = slots(&ram);
+        assert_eq!(slots.len(), 1);
+        assert_eq!(slots[0].len, 33 << 20);
+        assert_eq!(slots[0].host_start % HUGE_PAGE as u64, 0);
+        ram.write_obj(7u8, GuestAddress((33 << 20) - 1)).unwrap();
+        assert!(ram.write_obj(7u8, GuestAddress(33 << 20)).is_err());
+    }
+
+    #[test]
+    fn large_ram_continues_above_the_hole() {
+        let ram = allocate(3 * 1024 + 512).unwrap();
+        assert_eq!(ram.num_regions(), 2);
+        ram.write_obj(1u8, GuestAddress((4 << 30) + (512 << 20) - 1))
+            .unwrap();
+        assert!(ram.write_obj(1u8, GuestAddress(3 << 30)).is_err());
+    }
+
+    #[test]
+    fn absurd_sizes_are_errors() {
+        assert!(allocate(u64::MAX).is_err());
+        assert!(allocate(1 << 43).is_err());
+    }
+}

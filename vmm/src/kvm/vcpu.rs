@@ -1,0 +1,359 @@
+//! vCPUs: one thread each, that runs the guest and hands its exits to the buses.
+//!
+//! A vCPU is paused by a flag and a signal. The signal may arrive between the check of the
+//! flag and KVM_RUN and be lost, so whoever pauses repeats it until the thread has answered;
+//! that costs a millisecond in the rare case and needs no handler state.
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kvm_bindings::{CpuId, Msrs, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use crate::bus::Bus;
+
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuError {
+    #[error("vCPU {index}: KVM refused to {what}: {source}")]
+    Ioctl {
+        index: u8,
+        what: &'static str,
+        source: io::Error,
+    },
+    #[error("vCPU {index} cannot have a thread: {source}")]
+    Thread { index: u8, source: io::Error },
+    #[error("vCPU {index} did not stop within {within:?}")]
+    Stuck { index: u8, within: Duration },
+}
+
+/// Why a vCPU can run no further.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The guest's exception handlers failed three deep: KVM_EXIT_SHUTDOWN.
+    TripleFault,
+    /// KVM could not go on; the text says how it put it.
+    Internal(String),
+}
+
+/// Exits to user space by kind, for metrics and benchmarks.
+#[derive(Debug, Default)]
+pub struct ExitCounters {
+    pub mmio_read: AtomicU64,
+    pub mmio_write: AtomicU64,
+    pub port_in: AtomicU64,
+    pub port_out: AtomicU64,
+    pub interrupted: AtomicU64,
+}
+
+impl ExitCounters {
+    fn count(counter: &AtomicU64) {
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Where the exits of a guest go.
+#[derive(Default)]
+pub struct GuestBus {
+    pub ports: Bus,
+    pub mmio: Bus,
+    pub exits: ExitCounters,
+}
+
+/// A vCPU before it has a thread.
+pub struct Vcpu {
+    index: u8,
+    fd: VcpuFd,
+}
+
+impl Vcpu {
+    pub(super) fn new(index: u8, fd: VcpuFd) -> Self {
+        Self { index, fd }
+    }
+
+    fn err(&self, what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VcpuError {
+        let index = self.index;
+        move |e| VcpuError::Ioctl {
+            index,
+            what,
+            source: io::Error::from_raw_os_error(e.errno()),
+        }
+    }
+
+    /// Must come before `set_sregs` with long mode: kvm-amd checks the one against the other.
+    pub fn set_cpuid(&self, cpuid: &CpuId) -> Result<(), VcpuError> {
+        self.fd
+            .set_cpuid2(cpuid)
+            .map_err(self.err("take its CPUID"))
+    }
+
+    pub fn set_msrs(&self, entries: &[kvm_msr_entry]) -> Result<(), VcpuError> {
+        let too_many = |_| self.err("take that many MSRs")(kvm_ioctls::Error::new(libc::E2BIG));
+        let msrs = Msrs::from_entries(entries).map_err(too_many)?;
+        let set = self.fd.set_msrs(&msrs).map_err(self.err("take its MSRs"))?;
+        if set == entries.len() {
+            Ok(())
+        } else {
+            Err(self.err("take one of its MSRs")(kvm_ioctls::Error::new(
+                libc::EINVAL,
+            )))
+        }
+    }
+
+    pub fn sregs(&self) -> Result<kvm_sregs, VcpuError> {
+        self.fd
+            .get_sregs()
+            .map_err(self.err("give its system registers"))
+    }
+
+    pub fn set_sregs(&self, sregs: &kvm_sregs) -> Result<(), VcpuError> {
+        self.fd
+            .set_sregs(sregs)
+            .map_err(self.err("take its system registers"))
+    }
+
+    pub fn set_regs(&self, regs: &kvm_regs) -> Result<(), VcpuError> {
+        self.fd
+            .set_regs(regs)
+            .map_err(self.err("take its registers"))
+    }
+
+    pub fn lapic(&self) -> Result<kvm_lapic_state, VcpuError> {
+        self.fd.get_lapic().map_err(self.err("give its local APIC"))
+    }
+
+    pub fn set_lapic(&self, lapic: &kvm_lapic_state) -> Result<(), VcpuError> {
+        self.fd
+            .set_lapic(lapic)
+            .map_err(self.err("take its local APIC"))
+    }
+
+    /// Gives the vCPU a thread, paused. `on_fault` is called on that thread, once.
+    pub fn start(
+        self,
+        bus: Arc<GuestBus>,
+        on_fault: Box<dyn FnOnce(Fault) + Send>,
+    ) -> Result<VcpuThread, VcpuError> {
+        let index = self.index;
+        let thread_error = |source| VcpuError::Thread { index, source };
+        register_signal_handler(kick_signal(), on_kick)
+            .map_err(|e| thread_error(io::Error::from_raw_os_error(e.errno())))?;
+        let control = Arc::new(Control::default());
+        let mut runner = Runner {
+            fd: self.fd,
+            bus,
+            control: Arc::clone(&control),
+            on_fault: Some(on_fault),
+        };
+        let handle = std::thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .stack_size(VCPU_STACK)
+            .spawn(move || runner.main())
+            .map_err(thread_error)?;
+        Ok(VcpuThread {
+            index,
+            control,
+            handle,
+        })
+    }
+}
+
+/// Exits are handled without recursion or large buffers.
+const VCPU_STACK: usize = 256 << 10;
+
+fn kick_signal() -> i32 {
+    SIGRTMIN()
+}
+
+/// The signal only has to interrupt KVM_RUN.
+extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Wanted {
+    #[default]
+    Pause,
+    Run,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    wanted: Wanted,
+    /// The thread waits, outside KVM_RUN, with no exit half handled.
+    paused: bool,
+}
+
+/// Shared between the thread and whoever commands it.
+#[derive(Default)]
+struct Control {
+    /// Look at `state` before the next KVM_RUN.
+    attention: AtomicBool,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Control {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn want(&self, wanted: Wanted) {
+        self.lock().wanted = wanted;
+        self.attention.store(true, Ordering::Release);
+        self.changed.notify_all();
+    }
+}
+
+/// A vCPU with its thread, seen from outside.
+pub struct VcpuThread {
+    index: u8,
+    control: Arc<Control>,
+    handle: JoinHandle<()>,
+}
+
+impl VcpuThread {
+    pub fn resume(&self) {
+        self.control.want(Wanted::Run);
+    }
+
+    /// Asks the vCPU to stop; `wait_paused` waits until it has. Two steps, so that many
+    /// vCPUs stop at the same time.
+    pub fn request_pause(&self) {
+        self.control.want(Wanted::Pause);
+        self.kick();
+    }
+
+    pub fn wait_paused(&self, within: Duration) -> Result<(), VcpuError> {
+        let deadline = Instant::now() + within;
+        let mut state = self.control.lock();
+        while !state.paused {
+            if Instant::now() >= deadline {
+                let index = self.index;
+                return Err(VcpuError::Stuck { index, within });
+            }
+            let waited = self
+                .control
+                .changed
+                .wait_timeout(state, Duration::from_millis(1));
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            if !state.paused {
+                self.kick();
+            }
+        }
+        Ok(())
+    }
+
+    fn kick(&self) {
+        // Fails only when the thread is gone, and then it does not run the guest either.
+        let _ = self.handle.kill(kick_signal());
+    }
+}
+
+struct Runner {
+    fd: VcpuFd,
+    bus: Arc<GuestBus>,
+    control: Arc<Control>,
+    on_fault: Option<Box<dyn FnOnce(Fault) + Send>>,
+}
+
+impl Runner {
+    fn main(&mut self) {
+        self.control.attention.store(true, Ordering::Release);
+        loop {
+            if self.control.attention.load(Ordering::Acquire) {
+                self.attend();
+            }
+            if let Err(fault) = self.run_once() {
+                if let Some(report) = self.on_fault.take() {
+                    report(fault);
+                }
+                self.control.want(Wanted::Pause);
+            }
+        }
+    }
+
+    /// Waits while a pause is wanted. Threads of vCPUs end with the process.
+    fn attend(&mut self) {
+        self.finish_exit();
+        let control = Arc::clone(&self.control);
+        let mut state = control.lock();
+        loop {
+            match state.wanted {
+                Wanted::Pause => {
+                    if !state.paused {
+                        state.paused = true;
+                        control.changed.notify_all();
+                    }
+                }
+                Wanted::Run => break,
+            }
+            state = control
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        state.paused = false;
+        control.attention.store(false, Ordering::Release);
+    }
+
+    /// KVM completes an I/O exit on the next KVM_RUN (api.rst 4.10): enter once with
+    /// immediate_exit, so that the registers are whole before anybody looks at them.
+    fn finish_exit(&mut self) {
+        self.fd.set_kvm_immediate_exit(1);
+        let _ = self.fd.run();
+        self.fd.set_kvm_immediate_exit(0);
+    }
+
+    fn run_once(&mut self) -> Result<(), Fault> {
+        let bus = &*self.bus;
+        match self.fd.run() {
+            Ok(exit) => handle(bus, exit),
+            Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {
+                ExitCounters::count(&bus.exits.interrupted);
+                Ok(())
+            }
+            Err(e) => Err(Fault::Internal(format!("KVM_RUN failed: {e}"))),
+        }
+    }
+}
+
+fn handle(bus: &GuestBus, exit: VcpuExit<'_>) -> Result<(), Fault> {
+    match exit {
+        VcpuExit::MmioRead(address, data) => {
+            ExitCounters::count(&bus.exits.mmio_read);
+            bus.mmio.read(address, data);
+        }
+        VcpuExit::MmioWrite(address, data) => {
+            ExitCounters::count(&bus.exits.mmio_write);
+            bus.mmio.write(address, data);
+        }
+        // All port devices are byte-wide; a string instruction brings many bytes at once.
+        VcpuExit::IoIn(port, data) => {
+            ExitCounters::count(&bus.exits.port_in);
+            for byte in data.chunks_mut(1) {
+                bus.ports.read(u64::from(port), byte);
+            }
+        }
+        VcpuExit::IoOut(port, data) => {
+            ExitCounters::count(&bus.exits.port_out);
+            for byte in data.chunks(1) {
+                bus.ports.write(u64::from(port), byte);
+            }
+        }
+        VcpuExit::Shutdown => return Err(Fault::TripleFault),
+        VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Nmi => {
+            ExitCounters::count(&bus.exits.interrupted);
+        }
+        VcpuExit::FailEntry(reason, cpu) => {
+            return Err(Fault::Internal(format!(
+                "the processor refused to enter the guest: reason {reason:#x}, host CPU {cpu}"
+            )));
+        }
+        VcpuExit::SystemEvent(kind, _) => {
+            return Err(Fault::Internal(format!("unexpected system event {kind}")));
+        }
+        other => return Err(Fault::Internal(format!("unexpected exit {other:?}"))),
+    }
+    Ok(())
+}
