@@ -54,14 +54,14 @@ impl io::Write for Output {
 }
 
 impl Serial {
-    /// `output` gets at most `limit` bytes of what the guest writes; what it does not take in
-    /// time is lost.
+    /// `output` gets what the guest writes (a regular file at most `file_limit` bytes); what
+    /// it does not take in time is lost.
     pub fn new(
         line: Arc<dyn InterruptLine>,
         output: Option<OwnedFd>,
-        limit: u64,
+        file_limit: u64,
     ) -> io::Result<Self> {
-        let sink = output.map(|fd| Sink::new(fd, 0, limit)).transpose()?;
+        let sink = output.map(|fd| Sink::new(fd, 0, file_limit)).transpose()?;
         let scrollback = Scrollback::new(SCROLLBACK);
         let uart = Uart::new(Line(line), Output { scrollback, sink });
         Ok(Self(Arc::new(Mutex::new(uart))))

@@ -146,7 +146,7 @@ fn serial_flood_neither_blocks_nor_grows() {
     // Loopback and a guest that does not read: the FIFO is the bound.
     serial.write(4, &[0x10]);
     for _ in 0..100_000 {
-        serial.write(0, &[b'.']);
+        serial.write(0, b".");
     }
     let mut held = 0;
     loop {

@@ -1,6 +1,6 @@
 //! A descriptor that output is copied to, without ever waiting for it.
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, Mode, OFlags};
@@ -44,16 +44,24 @@ pub enum Progress {
 }
 
 impl Sink {
-    /// A sink that starts at `position` of the stream and takes at most `limit` bytes (no guest
-    /// may fill the host's disk).
-    pub fn new(fd: OwnedFd, position: u64, limit: u64) -> io::Result<Self> {
-        let (fd, kind) = classify(fd)?;
+    /// A sink that starts at `position` of the stream. A regular file gets at most `file_limit`
+    /// bytes: no guest may fill the host's disk.
+    pub fn new(fd: OwnedFd, position: u64, file_limit: u64) -> io::Result<Self> {
+        let file_type = FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode);
+        let (fd, kind) = match file_type {
+            FileType::Socket => (fd, Kind::Socket),
+            FileType::RegularFile => (fd, Kind::Direct),
+            _ => nonblocking(fd)?,
+        };
         Ok(Self {
             fd,
             kind,
             at: position,
             lost: 0,
-            left: limit,
+            left: match file_type {
+                FileType::RegularFile => file_limit,
+                _ => u64::MAX,
+            },
         })
     }
 
@@ -118,18 +126,13 @@ impl Sink {
     }
 }
 
-fn classify(fd: OwnedFd) -> io::Result<(OwnedFd, Kind)> {
-    let file_type = FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode);
-    if file_type == FileType::Socket {
-        return Ok((fd, Kind::Socket));
-    }
-    let flags = rustix::fs::fcntl_getfl(&fd)?;
-    if file_type == FileType::RegularFile || flags.contains(OFlags::NONBLOCK) {
+fn nonblocking(fd: OwnedFd) -> io::Result<(OwnedFd, Kind)> {
+    if rustix::fs::fcntl_getfl(&fd)?.contains(OFlags::NONBLOCK) {
         return Ok((fd, Kind::Direct));
     }
     // O_NONBLOCK belongs to the open file description, which others may share (a shell its
     // terminal); one of our own may have it. A jail without /proc has to poll.
-    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
     let own = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     match rustix::fs::open(path, own, Mode::empty()) {
         Ok(reopened) => Ok((reopened, Kind::Direct)),
