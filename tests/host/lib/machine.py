@@ -146,12 +146,13 @@ class Machine:
             for source in (self.stdout, self.stderr, self.control, self.serial):
                 selector.register(source, selectors.EVENT_READ)
             while status is None or not all(output.ended for output in outputs.values()):
+                # QEMU may end before its last words are read, but not without having said them.
+                if all(key.fileobj is self.serial for key in selector.get_map().values()):
+                    raise HostError(f"the emulated host ended early\n{self.last_words()}")
                 for key, _ in selector.select():
                     data = key.fileobj.recv(1 << 18)
                     if not data:
                         selector.unregister(key.fileobj)
-                        if key.fileobj is not self.serial:
-                            raise HostError(f"the emulated host ended early\n{self.last_words()}")
                     elif key.fileobj is self.serial:
                         self.console = (self.console + data)[-CONSOLE_KEPT:]
                     elif key.fileobj is self.control:
