@@ -13,14 +13,25 @@
 //! machine is stuck, and a command that the machine does not answer in time gets a fault that
 //! says so.
 
+pub mod args;
 mod command;
 mod configurator;
+mod connection;
 mod fault;
+pub mod http;
+mod listener;
 mod published;
 mod request;
+mod routes;
+mod server;
+#[cfg(test)]
+mod tests;
 
 pub use command::{Command, CommandReceiver, CommandSender, Reply, channel};
 pub use configurator::{Configurator, Effect, Phase};
 pub use fault::{Body, Fault, Status};
+pub use listener::BindError;
 pub use published::{InstanceState, Published};
 pub use request::{Action, Request};
+pub use routes::route;
+pub use server::{ApiHandle, ApiServer, FIRECRACKER_API_VERSION, ServerOptions, StopHook};

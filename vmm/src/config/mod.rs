@@ -31,6 +31,7 @@ pub use drive::{CacheType, Drive, DrivePatch, IoEngine, MAX_SERIAL};
 pub use machine::{HugePages, MAX_MEM_MIB, MAX_VCPUS, MIN_MEM_MIB, MachineConfig, MachinePatch};
 pub use output::{Console, Logger, Metrics, Serial};
 pub use source::Source;
+pub(crate) use source::check_fd_name;
 pub use vm::{Entropy, Prepare, VmConfig};
 pub use vsock::Vsock;
 
