@@ -2,3 +2,4 @@
 #![allow(unsafe_code)]
 pub mod output;
 pub mod inherited;
+pub mod unix;
