@@ -25,7 +25,9 @@ pub const MAX_SEGMENTS: usize = 1024;
 pub struct Chain {
     head: u16,
     segments: Vec<Segment>,
-    /// How many of `segments` are readable.
+    /// How many of `segments` at the start were consumed.
+    start: usize,
+    /// Where the writable ones of `segments` start.
     split: usize,
     readable_len: u32,
     writable_len: u32,
@@ -43,7 +45,9 @@ impl Chain {
 
     /// Buffers the device reads, in order. None is empty.
     pub fn readable(&self) -> &[Segment] {
-        self.segments.get(..self.split).unwrap_or_default()
+        self.segments
+            .get(self.start..self.split)
+            .unwrap_or_default()
     }
 
     /// Buffers the device writes, in order. None is empty.
@@ -59,6 +63,54 @@ impl Chain {
     /// Bytes in all writable buffers.
     pub fn writable_len(&self) -> u32 {
         self.writable_len
+    }
+
+    /// Takes a header of exactly `data.len()` bytes off the front of the readable part;
+    /// `false` (and nothing is taken) if that is shorter.
+    pub fn take_header(&mut self, mem: &GuestRam, data: &mut [u8]) -> Result<bool, OutsideRam> {
+        let Some(rest) = u32::try_from(data.len())
+            .ok()
+            .and_then(|len| self.readable_len.checked_sub(len))
+        else {
+            return Ok(false);
+        };
+        self.read(mem, 0, data)?;
+        let mut left = self.readable_len - rest;
+        while left > 0 {
+            let split = self.split;
+            let Some(segment) = self
+                .segments
+                .get_mut(self.start..split)
+                .and_then(<[_]>::first_mut)
+            else {
+                break;
+            };
+            if segment.len > left {
+                segment.addr.0 += u64::from(left);
+                segment.len -= left;
+                break;
+            }
+            left -= segment.len;
+            self.start += 1;
+        }
+        self.readable_len = rest;
+        Ok(true)
+    }
+
+    /// Takes the last writable byte off, where block devices put a status; its address.
+    pub fn take_last_writable(&mut self) -> Option<GuestAddress> {
+        if self.segments.len() <= self.split {
+            return None;
+        }
+        let last = self.segments.last_mut()?;
+        // Segments are never empty, and lie in RAM with their last byte.
+        last.len -= 1;
+        let addr = GuestAddress(last.addr.0 + u64::from(last.len));
+        if last.len == 0 {
+            self.segments.pop();
+        }
+        self.writable_len -= 1;
+        Some(addr)
     }
 
     /// Copies readable bytes from `offset` into `data`; returns how many there were.
@@ -84,6 +136,7 @@ impl Chain {
     ) -> Result<(), &'static str> {
         self.head = descriptors.head_index();
         self.segments.clear();
+        self.start = 0;
         self.split = 0;
         self.readable_len = 0;
         self.writable_len = 0;
@@ -239,7 +292,7 @@ pub fn serve(
     io: &mut DeviceIo<'_>,
     index: usize,
     chain: &mut Chain,
-    mut request: impl FnMut(&GuestRam, &Chain) -> Result<Outcome, DeviceError>,
+    mut request: impl FnMut(&GuestRam, &mut Chain) -> Result<Outcome, DeviceError>,
 ) -> Result<bool, DeviceError> {
     let Some(queue) = io.queues.get_mut(index).filter(|queue| queue.ready()) else {
         return Ok(false);
@@ -337,6 +390,11 @@ impl Again {
 
     pub fn fd(&self) -> RawFd {
         self.0.as_raw_fd()
+    }
+
+    /// A second descriptor of the same counter, for whoever else wakes the device.
+    pub fn try_clone(&self) -> std::io::Result<EventFd> {
+        self.0.try_clone()
     }
 
     /// Asks for another call.

@@ -116,6 +116,37 @@ fn reading_from_an_offset_skips_whole_buffers() {
 }
 
 #[test]
+fn header_and_status_may_share_or_span_descriptors() {
+    let mut h = echo(0);
+    let at = h.alloc_with(b"abcdefgh");
+    let part = |offset, len| Segment {
+        addr: GuestAddress(at.0 + offset),
+        len,
+    };
+    let mut chain = Chain {
+        segments: vec![part(0, 1), part(1, 1), part(2, 3), part(5, 2), part(7, 1)],
+        split: 3,
+        readable_len: 5,
+        writable_len: 3,
+        ..Chain::default()
+    };
+    assert_eq!(chain.take_header(&h.mem, &mut [0; 6]), Ok(false));
+    let mut header = [0; 3];
+    assert_eq!(chain.take_header(&h.mem, &mut header), Ok(true));
+    assert_eq!(&header, b"abc");
+    assert_eq!(chain.readable(), [part(3, 2)]);
+    assert_eq!(chain.readable_len(), 2);
+    assert_eq!(chain.take_last_writable(), Some(GuestAddress(at.0 + 7)));
+    assert_eq!(chain.take_last_writable(), Some(GuestAddress(at.0 + 6)));
+    assert_eq!(chain.writable(), [part(5, 1)]);
+    assert_eq!(chain.writable_len(), 1);
+    assert_eq!(chain.take_last_writable(), Some(GuestAddress(at.0 + 5)));
+    assert_eq!(chain.take_last_writable(), None);
+    assert_eq!(chain.take_header(&h.mem, &mut [0; 2]), Ok(true));
+    assert_eq!(chain.readable(), []);
+}
+
+#[test]
 fn avail_index_beyond_the_queue_size_is_an_error() {
     let mut h = echo(0);
     h.set_avail_idx(0, 17);

@@ -35,7 +35,9 @@ impl Rng {
     }
 
     fn serve(&mut self, io: &mut DeviceIo<'_>) -> Result<(), DeviceError> {
-        if chain::serve(io, REQUESTS, &mut self.chain, fill)? {
+        if chain::serve(io, REQUESTS, &mut self.chain, |mem, request| {
+            fill(mem, request)
+        })? {
             self.again.ask();
         }
         Ok(())
