@@ -96,7 +96,7 @@ impl RawFile {
                 disk: disk.to_owned(),
             });
         }
-        if size % SECTOR != 0 {
+        if !size.is_multiple_of(SECTOR) {
             return Err(DiskError::Unaligned {
                 disk: disk.to_owned(),
                 size,
@@ -240,7 +240,7 @@ impl Disk for RawFile {
 
     fn rescan(&mut self) -> io::Result<()> {
         let size = measure(&self.file)?;
-        if size == 0 || size % SECTOR != 0 {
+        if size == 0 || !size.is_multiple_of(SECTOR) {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
                 "the new size is not a whole number of 512-byte sectors",

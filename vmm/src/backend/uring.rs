@@ -39,7 +39,7 @@ struct Transfer {
 enum Ring {
     /// No request came yet.
     Unmade,
-    Made(IoUring),
+    Made(Box<IoUring>),
     /// The kernel offers none.
     Refused,
 }
@@ -69,8 +69,8 @@ impl UringFile {
 
     fn ring(&mut self) -> Option<&mut IoUring> {
         if matches!(self.ring, Ring::Unmade) {
-            self.ring =
-                make_ring(&self.file, self.wakeup.as_ref()).map_or(Ring::Refused, Ring::Made);
+            self.ring = make_ring(&self.file, self.wakeup.as_ref())
+                .map_or(Ring::Refused, |ring| Ring::Made(Box::new(ring)));
         }
         match &mut self.ring {
             Ring::Made(ring) => Some(ring),

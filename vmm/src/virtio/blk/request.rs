@@ -122,7 +122,7 @@ fn check(kind: u32, sector: u64, chain: &Chain, rules: Rules) -> Result<Request,
 
 /// Where a transfer of `len` bytes from `sector` on starts, if it lies on the drive.
 fn bytes_at(sector: u64, len: u32, size: u64) -> Result<u64, Status> {
-    if u64::from(len) % SECTOR != 0 || len > REQUEST_MAX {
+    if !u64::from(len).is_multiple_of(SECTOR) || len > REQUEST_MAX {
         return Err(Status::IoError);
     }
     inside(sector, u64::from(len), size)
@@ -138,7 +138,7 @@ fn inside(sector: u64, len: u64, size: u64) -> Result<u64, Status> {
 
 fn ranges(len: u32, max: u32) -> Result<u32, Status> {
     let count = len / RANGE_LEN;
-    if len % RANGE_LEN != 0 || count == 0 || count > max {
+    if !len.is_multiple_of(RANGE_LEN) || count == 0 || count > max {
         return Err(Status::IoError);
     }
     Ok(count)
