@@ -190,3 +190,77 @@ fn write_some(output: &File, bytes: &mut Vec<u8>) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+
+    fn value(line: &str, group: &str, name: &str) -> u64 {
+        let json: serde_json::Value = serde_json::from_str(line).unwrap();
+        json[group][name].as_u64().unwrap()
+    }
+
+    #[test]
+    fn a_line_has_what_was_added_since_the_last() {
+        let registry = Registry::default();
+        let reads = registry.counter("block_a", "reads");
+        registry.gauge("vcpu", "running").set(3);
+        reads.add(5);
+        // The same name is the same counter.
+        registry.counter("block_a", "reads").inc();
+        let line = registry.take_line(UNIX_EPOCH + Duration::from_millis(12));
+        assert_eq!(
+            line,
+            r#"{"utc_timestamp_ms":12,"block_a":{"reads":6},"vcpu":{"running":3}}"#
+        );
+        reads.inc();
+        let line = registry.take_line(UNIX_EPOCH);
+        assert_eq!(value(&line, "block_a", "reads"), 1);
+        assert_eq!(value(&line, "vcpu", "running"), 3);
+        assert_eq!(reads.total(), 7);
+    }
+
+    #[test]
+    fn a_slow_reader_gets_whole_lines_and_loses_no_counts() {
+        let registry = Registry::default();
+        let counter = registry.counter("g", "n");
+        // Longer than a pipe holds, so that a line is cut.
+        for i in 0..4000 {
+            registry.counter("filler", &format!("a_long_name_{i}"));
+        }
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let writer = std::os::fd::OwnedFd::from(writer);
+        rustix::io::ioctl_fionbio(&writer, true).unwrap();
+        let mut metrics = Metrics::new(registry);
+        metrics.set_output(writer.into());
+        counter.add(1);
+        metrics.flush().unwrap();
+        counter.add(10);
+        assert!(metrics.flush().is_err());
+        let mut text = Vec::new();
+        let mut buffer = vec![0; 1 << 16];
+        for _ in 0..3 {
+            let count = reader.read(&mut buffer).unwrap();
+            text.extend_from_slice(&buffer[..count]);
+            let _ = metrics.flush();
+        }
+        drop(metrics);
+        reader.read_to_end(&mut text).unwrap();
+        let text = String::from_utf8(text).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(value(lines[0], "g", "n"), 1);
+        assert_eq!(value(lines[1], "g", "n"), 10);
+        assert!(value(lines[1], "logger", "missed_metrics_count") >= 1);
+    }
+
+    #[test]
+    fn without_an_output_nothing_is_lost() {
+        let registry = Registry::default();
+        registry.counter("g", "n").add(2);
+        let mut metrics = Metrics::new(registry.clone());
+        metrics.flush().unwrap();
+        assert_eq!(value(&registry.take_line(UNIX_EPOCH), "g", "n"), 2);
+    }
+}

@@ -544,3 +544,6 @@ fn check_balloon_fits(amount_mib: Option<u32>, mem_size_mib: u32) -> Result<(), 
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -120,10 +120,15 @@ impl Connection {
         }
     }
 
-    /// The next whole call, if there is one. Faults of requests are answered here.
-    pub(super) fn next_call(&mut self, call: CallId, now: Instant) -> Option<Call> {
+    /// The next whole call, if there is one. `Err`: a request that is refused without going
+    /// anywhere, with its title; it is answered already.
+    pub(super) fn next_call(
+        &mut self,
+        call: CallId,
+        now: Instant,
+    ) -> Result<Option<Call>, (String, Fault)> {
         if self.state != State::Reading || !self.output.is_empty() || self.input.is_empty() {
-            return None;
+            return Ok(None);
         }
         let (message, length) = match http::parse(&self.input, self.max_body) {
             Ok(Parsed::Complete { message, length }) => (message, length),
@@ -134,21 +139,19 @@ impl Connection {
                     self.continued = true;
                     self.output.extend_from_slice(http::CONTINUE);
                 }
-                return None;
+                return Ok(None);
             }
             Err(fault) => {
-                self.refuse(fault, now);
-                return None;
+                self.refuse(fault.clone(), now);
+                return Err(("HTTP".to_owned(), fault));
             }
         };
         let keep_alive = message.keep_alive;
         let title = format!("{} {}", message.method.name(), message.path);
-        let parsed = name_fds(std::mem::take(&mut self.fds), &message.fd_names).and_then(|fds| {
-            routes::route(message.method, message.path, message.body).map(|request| Call {
-                request,
-                fds,
-                title,
-            })
+        let fds = std::mem::take(&mut self.fds);
+        let parsed = name_fds(fds, &message.fd_names).and_then(|fds| {
+            let request = routes::route(message.method, message.path, message.body)?;
+            Ok((request, fds))
         });
         if length >= self.input.len() {
             // Gives the memory of a long request back.
@@ -159,10 +162,15 @@ impl Connection {
         self.continued = false;
         self.state = State::Waiting { call, keep_alive };
         match parsed {
-            Ok(call) => Some(call),
+            Ok((request, fds)) => Ok(Some(Call {
+                request,
+                fds,
+                title,
+            })),
             Err(fault) => {
-                self.answer(call, &Err(fault), now);
-                None
+                let outcome = Err(fault.clone());
+                self.answer(call, &outcome, now);
+                Err((title, fault))
             }
         }
     }
@@ -295,3 +303,6 @@ fn name_fds(fds: Vec<OwnedFd>, names: &[&str]) -> Result<Vec<(String, OwnedFd)>,
     }
     Ok(names.iter().map(|n| (*n).to_owned()).zip(fds).collect())
 }
+
+#[cfg(test)]
+mod tests;

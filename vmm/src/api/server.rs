@@ -315,15 +315,14 @@ impl Server {
             self.next_call = self.next_call.wrapping_add(1);
             let call = self.next_call;
             match client.connection.next_call(call, now) {
-                Some(request) => self.dispatch(client, call, request, now),
-                None if read == Read::Nothing && client.connection.unsent().is_empty() => break,
-                None if !flush(client, now) => return false,
-                None if !client.connection.unsent().is_empty() => break,
-                None => {}
+                Ok(Some(request)) => self.dispatch(client, call, request, now),
+                Ok(None) if read == Read::Nothing => break,
+                Ok(None) => {}
+                Err((title, fault)) => self.log_outcome(&title, &Err(fault)),
             }
         }
         client.connection.tick(now);
-        !client.connection.is_over(now)
+        flush(client, now) && !client.connection.is_over(now)
     }
 
     fn dispatch(&mut self, client: &mut Client, call: CallId, request: Call, now: Instant) {

@@ -17,8 +17,6 @@ pub enum HugePages {
     /// The host's 4 KiB pages, and whatever its transparent_hugepage setting adds.
     #[default]
     None,
-    /// Guest RAM is advised MADV_HUGEPAGE.
-    Transparent,
 }
 
 /// `PUT /machine-config`, and what GET returns.
@@ -181,14 +179,12 @@ fn mem_size(mib: u64) -> Result<u32, ConfigError> {
 fn huge_pages(text: &str) -> Result<HugePages, ConfigError> {
     match text {
         "None" => Ok(HugePages::None),
-        "Transparent" => Ok(HugePages::Transparent),
-        "2M" => Err(ConfigError::new(
-            "huge_pages",
-            "\"2M\" is not offered; use \"Transparent\"",
-        )),
         other => Err(ConfigError::new(
             "huge_pages",
-            format_args!("{other:?} is unknown; \"None\" and \"Transparent\" are offered"),
+            format_args!(
+                "{other:?} is not offered; only \"None\" is, which leaves it to the host's \
+                 transparent_hugepage setting"
+            ),
         )),
     }
 }
