@@ -119,12 +119,15 @@ impl AsRawFd for CommandReceiver {
 /// Which call an answer belongs to; never used again within one process.
 pub(super) type CallId = u64;
 
+/// An answer on its way back.
+type Answer = (CallId, Result<Body, Fault>);
+
 /// Where the API thread finds answers.
 #[derive(Debug)]
 pub(super) struct Answers {
-    pub(super) queue: Receiver<(CallId, Result<Body, Fault>)>,
+    pub(super) queue: Receiver<Answer>,
     pub(super) waker: Arc<Waker>,
-    sender: Sender<(CallId, Result<Body, Fault>)>,
+    sender: Sender<Answer>,
 }
 
 impl Answers {
@@ -146,7 +149,7 @@ impl Answers {
 
 /// The right and duty to answer one call, once, from any thread.
 pub struct Reply {
-    to: Option<(CallId, Sender<(CallId, Result<Body, Fault>)>, Arc<Waker>)>,
+    to: Option<(CallId, Sender<Answer>, Arc<Waker>)>,
 }
 
 impl Reply {
