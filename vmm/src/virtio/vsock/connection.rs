@@ -313,7 +313,11 @@ impl Connection {
 
     /// The guest takes no more: the host's writes should fail.
     pub fn host_should_stop(&self) -> bool {
-        matches!(self.state, State::Open(ended) if ended.guest_taking)
+        match self.state {
+            State::Open(ended) => ended.guest_taking,
+            State::Detached => true,
+            _ => false,
+        }
     }
 
     /// When [`Event::Tick`] will matter.

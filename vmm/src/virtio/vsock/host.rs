@@ -1,4 +1,4 @@
-//! The host's sockets: listener, greetings, streams, and the epoll instance they stand in.
+//! The host's side: listener, greetings, timer, and the epoll instance everything stands in.
 use std::io::{self, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
@@ -13,7 +13,8 @@ use super::connection::{Event, Millis};
 use super::greeting::{self, Greeting, MAX_LINE};
 use super::muxer::{Id, Muxer};
 use super::packet::Header;
-use crate::backend::unix::{IoVecs, Listener, Stream};
+use super::streams::Endpoint;
+use crate::backend::unix::{Listener, Stream};
 
 /// Most connections that have not sent their `CONNECT` line; further ones are closed.
 pub(super) const MAX_GREETINGS: usize = 64;
@@ -37,7 +38,7 @@ pub(super) enum Token {
 const KIND: u64 = 62;
 
 impl Token {
-    fn pack(self) -> EventData {
+    pub(super) fn pack(self) -> EventData {
         EventData::new_u64(match self {
             Self::Again => 0,
             Self::Timer => 1,
@@ -67,24 +68,6 @@ impl Token {
     }
 }
 
-/// The host's end of a connection.
-#[derive(Debug)]
-struct Endpoint {
-    generation: u32,
-    stream: Stream,
-    /// In the epoll instance, and with which interest in room to write.
-    polled: Option<bool>,
-    /// The peer announced the end of its stream; it closed altogether.
-    ending: bool,
-    gone: bool,
-    told_end: bool,
-    told_stop: bool,
-    /// What came behind the `CONNECT` line.
-    early: Vec<u8>,
-    /// How many receive buffers the next read is worth.
-    batch: usize,
-}
-
 /// An accepted socket whose `CONNECT` line is not complete.
 #[derive(Debug)]
 struct Greeter {
@@ -97,10 +80,12 @@ struct Greeter {
 pub(super) struct Host {
     listener: Listener,
     dial: Dial,
-    epoll: OwnedFd,
+    pub(super) epoll: OwnedFd,
     timer: OwnedFd,
     /// Brings the device back after a call's share of work.
     again: OwnedFd,
+    /// The earliest deadline of the greetings and the listener's rest.
+    wake_at: Option<Millis>,
     /// When the timer is due, as it was set.
     armed: Option<Millis>,
     /// The listener is out of the epoll instance until then.
@@ -108,7 +93,7 @@ pub(super) struct Host {
     listening: bool,
     greeters: Vec<Option<Greeter>>,
     /// By the index of the connection.
-    endpoints: Vec<Option<Endpoint>>,
+    pub(super) endpoints: Vec<Option<Endpoint>>,
     clock: Box<dyn Fn() -> Millis + Send>,
 }
 
@@ -128,6 +113,7 @@ impl Host {
             epoll,
             timer,
             again,
+            wake_at: None,
             armed: None,
             rest_until: None,
             listening: false,
@@ -180,6 +166,7 @@ impl Host {
     pub(super) fn reset(&mut self, muxer: &mut Muxer) {
         self.stop_listening();
         self.rest_until = None;
+        self.wake_at = None;
         muxer.reset();
         self.greeters.clear();
         self.endpoints.clear();
@@ -215,21 +202,20 @@ impl Host {
 
     // --- time ---
 
-    /// Sets the timer to the earliest deadline, unless it is due before that anyway.
+    /// Sees to it that the timer is due by `deadline`.
+    fn wake_by(&mut self, deadline: Millis) {
+        self.wake_at = earlier(self.wake_at, Some(deadline));
+    }
+
+    /// Sets the timer, if something is due before it. A timer whose reason went away is left: a
+    /// wake-up in vain costs less than a system call for each connection.
     pub(super) fn arm_timer(&mut self, muxer: &Muxer) {
-        if self.armed.is_some() {
+        let Some(deadline) = earlier(self.wake_at, muxer.soonest()) else {
+            return;
+        };
+        if self.armed.is_some_and(|armed| armed <= deadline) {
             return;
         }
-        let greeting = self
-            .greeters
-            .iter()
-            .flatten()
-            .map(|greeter| greeter.deadline);
-        let deadline = greeting
-            .chain(muxer.deadline())
-            .chain(self.rest_until)
-            .min();
-        let Some(deadline) = deadline else { return };
         let left = Duration::from_millis(deadline.saturating_sub(self.now()).max(1));
         let value = Timespec {
             tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
@@ -253,10 +239,15 @@ impl Host {
         let _ = rustix::io::read(&self.timer, &mut [0; 8]);
         self.armed = None;
         let now = self.now();
-        for greeter in &mut self.greeters {
-            if greeter.as_ref().is_some_and(|g| g.deadline <= now) {
-                *greeter = None;
-                muxer.counters.timed_out += 1;
+        self.wake_at = None;
+        for slot in &mut self.greeters {
+            match slot {
+                Some(greeter) if greeter.deadline <= now => {
+                    *slot = None;
+                    muxer.counters.timed_out.inc();
+                }
+                Some(greeter) => self.wake_at = earlier(self.wake_at, Some(greeter.deadline)),
+                None => {}
             }
         }
         for id in muxer.expire(now) {
@@ -265,9 +256,19 @@ impl Host {
         if self.rest_until.is_some_and(|until| until <= now) {
             self.rest_until = None;
             if self.listen().is_err() {
-                self.rest_until = Some(now + LISTENER_REST);
+                self.rest();
             }
+        } else if let Some(until) = self.rest_until {
+            self.wake_by(until);
         }
+    }
+
+    /// Takes the listener out of the epoll instance for a while.
+    fn rest(&mut self) {
+        self.stop_listening();
+        let until = self.now() + LISTENER_REST;
+        self.rest_until = Some(until);
+        self.wake_by(until);
     }
 
     // --- connections from the host ---
@@ -281,10 +282,7 @@ impl Host {
             Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(_) => {
                 // Out of descriptors or memory: a readable listener would spin.
-                self.stop_listening();
-                self.rest_until = Some(self.now() + LISTENER_REST);
-                // The timer may be set to something later.
-                self.armed = None;
+                self.rest();
             }
         }
     }
@@ -308,10 +306,11 @@ impl Host {
         let free = self.greeters.iter().position(Option::is_none);
         let index = free.unwrap_or(self.greeters.len());
         if index >= MAX_GREETINGS {
-            muxer.counters.refused += 1;
+            muxer.counters.refused.inc();
             return;
         }
         greeter.deadline = self.now() + GREETING_TIMEOUT;
+        self.wake_by(greeter.deadline);
         let token = Token::Greeting(u32::try_from(index).unwrap_or(u32::MAX));
         let flags = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
         if self.add(&greeter.stream, token, flags).is_err() {
@@ -395,201 +394,6 @@ impl Host {
             self.settle(id, muxer);
         }
     }
-
-    // --- streams ---
-
-    /// Something happened on the socket of `id`.
-    pub(super) fn stream_ready(&mut self, id: Id, flags: EventFlags, muxer: &mut Muxer) {
-        let Some(endpoint) = self.endpoint(id) else {
-            return;
-        };
-        let closed = flags.intersects(EventFlags::HUP | EventFlags::ERR);
-        endpoint.gone |= closed;
-        endpoint.ending |= closed || flags.contains(EventFlags::RDHUP);
-        if flags.intersects(EventFlags::OUT | EventFlags::HUP | EventFlags::ERR) {
-            self.flush(id, muxer);
-        }
-        let wanted = muxer
-            .get(id)
-            .is_some_and(super::connection::Connection::takes_from_host);
-        if wanted {
-            muxer.set_readable(id, true);
-        } else if closed {
-            // Nobody will read it to its end.
-            muxer.apply(id, Event::HostGone, self.now());
-        }
-        self.settle(id, muxer);
-    }
-
-    /// Writes the backlog as far as it goes.
-    fn flush(&mut self, id: Id, muxer: &mut Muxer) {
-        while let Some(connection) = muxer.get(id) {
-            let (front, _) = connection.backlog().as_slices();
-            if front.is_empty() {
-                return;
-            }
-            let Some(endpoint) = self.endpoint(id) else {
-                return;
-            };
-            match endpoint.stream.send(front) {
-                Ok(sent) => muxer.backlog_forwarded(id, sent),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                Err(_) => {
-                    muxer.apply(id, Event::HostRefused, self.now());
-                    return;
-                }
-            }
-        }
-    }
-
-    /// Writes payload to the socket of `id`.
-    pub(super) fn send(&mut self, id: Id, data: &IoVecs<'_>) -> io::Result<usize> {
-        match self.endpoint(id) {
-            Some(endpoint) => endpoint.stream.send_vectored(data),
-            None => Err(io::ErrorKind::NotConnected.into()),
-        }
-    }
-
-    /// Reads the socket of `id`.
-    pub(super) fn recv(&mut self, id: Id, data: &IoVecs<'_>) -> io::Result<usize> {
-        match self.endpoint(id) {
-            Some(endpoint) => endpoint.stream.recv_vectored(data),
-            None => Err(io::ErrorKind::NotConnected.into()),
-        }
-    }
-
-    /// What came behind the `CONNECT` line, once.
-    pub(super) fn take_early(&mut self, id: Id) -> Vec<u8> {
-        self.endpoint(id)
-            .map(|endpoint| std::mem::take(&mut endpoint.early))
-            .unwrap_or_default()
-    }
-
-    /// Keeps what did not fit the guest's buffer.
-    pub(super) fn keep_early(&mut self, id: Id, rest: Vec<u8>) {
-        if let Some(endpoint) = self.endpoint(id) {
-            endpoint.early = rest;
-        }
-    }
-
-    /// Whether the end of the stream was announced.
-    pub(super) fn is_ending(&mut self, id: Id) -> bool {
-        self.endpoint(id).is_some_and(|endpoint| endpoint.ending)
-    }
-
-    /// What reading the end of the stream means.
-    pub(super) fn end_of_stream(&mut self, id: Id) -> Event {
-        match self.endpoint(id) {
-            Some(endpoint) if endpoint.gone => Event::HostGone,
-            _ => Event::HostEnded,
-        }
-    }
-
-    pub(super) fn batch(&mut self, id: Id) -> usize {
-        self.endpoint(id).map_or(1, |endpoint| endpoint.batch)
-    }
-
-    pub(super) fn set_batch(&mut self, id: Id, batch: usize) {
-        if let Some(endpoint) = self.endpoint(id) {
-            endpoint.batch = batch;
-        }
-    }
-
-    /// Brings the socket in line with the connection: ends passed on, interest in room to write
-    /// only while something waits for it, closed when all is over.
-    pub(super) fn settle(&mut self, id: Id, muxer: &mut Muxer) {
-        let Some(connection) = muxer.get(id) else {
-            return;
-        };
-        if connection.is_over() {
-            self.take_endpoint(id);
-            muxer.remove(id);
-            return;
-        }
-        let end = connection.host_should_see_end();
-        let stop = connection.host_should_stop();
-        let waiting = !connection.backlog().is_empty();
-        let Some(endpoint) = self.endpoint(id) else {
-            return;
-        };
-        if end && !endpoint.told_end {
-            endpoint.told_end = true;
-            endpoint.stream.finish_sending();
-        }
-        if stop && !endpoint.told_stop {
-            endpoint.told_stop = true;
-            endpoint.stream.stop_receiving();
-        }
-        let polled = endpoint.polled;
-        if polled.is_some_and(|writing| writing != waiting) && self.poll(id, waiting).is_err() {
-            muxer.apply(id, Event::HostGone, self.now());
-            // Over now, or soon: nothing is left to poll for.
-            if muxer.get(id).is_some_and(|c| c.is_over()) {
-                self.take_endpoint(id);
-                muxer.remove(id);
-            }
-        }
-    }
-
-    /// Puts the socket of `id` into the epoll instance, or changes its interest in room to write.
-    fn poll(&mut self, id: Id, writing: bool) -> io::Result<()> {
-        let mut flags = EventFlags::IN | EventFlags::RDHUP | EventFlags::ET;
-        flags.set(EventFlags::OUT, writing);
-        let data = Token::Stream(id).pack();
-        let slot = self.endpoints.get_mut(id.index as usize);
-        let Some(endpoint) = slot.and_then(Option::as_mut) else {
-            return Ok(());
-        };
-        if endpoint.polled.is_some() {
-            epoll::modify(&self.epoll, &endpoint.stream, data, flags)?;
-        } else {
-            epoll::add(&self.epoll, &endpoint.stream, data, flags)?;
-        }
-        endpoint.polled = Some(writing);
-        Ok(())
-    }
-
-    fn endpoint(&mut self, id: Id) -> Option<&mut Endpoint> {
-        self.endpoints
-            .get_mut(id.index as usize)?
-            .as_mut()
-            .filter(|endpoint| endpoint.generation == id.generation)
-    }
-
-    fn take_endpoint(&mut self, id: Id) {
-        if self.endpoint(id).is_some()
-            && let Some(slot) = self.endpoints.get_mut(id.index as usize)
-        {
-            // Closing takes it out of the epoll instance.
-            *slot = None;
-        }
-    }
-
-    fn place(&mut self, id: Id, endpoint: Endpoint) {
-        let index = id.index as usize;
-        if index >= self.endpoints.len() {
-            self.endpoints.resize_with(index + 1, || None);
-        }
-        if let Some(slot) = self.endpoints.get_mut(index) {
-            *slot = Some(endpoint);
-        }
-    }
-}
-
-impl Endpoint {
-    fn new(id: Id, stream: Stream, early: Vec<u8>) -> Self {
-        Self {
-            generation: id.generation,
-            stream,
-            polled: None,
-            ending: false,
-            gone: false,
-            told_end: false,
-            told_stop: false,
-            early,
-            batch: 1,
-        }
-    }
 }
 
 impl Greeter {
@@ -610,5 +414,12 @@ impl Greeter {
                 done => return Some(done),
             }
         }
+    }
+}
+
+fn earlier(a: Option<Millis>, b: Option<Millis>) -> Option<Millis> {
+    match (a, b) {
+        (Some(a), Some(b)) => Some(a.min(b)),
+        (a, b) => a.or(b),
     }
 }

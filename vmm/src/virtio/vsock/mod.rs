@@ -8,7 +8,7 @@
 //!
 //! What has state without I/O is pure: [`packet`], [`credit`], [`greeting`], [`connection`],
 //! [`muxer`]. Around it `tx` takes packets of the guest, `rx` gives packets to it, `host`
-//! serves the sockets. Each descriptor stands in one epoll instance, edge-triggered, so that a
+//! and `streams` serve the sockets. Each descriptor stands in one epoll instance, edge-triggered, so that a
 //! stalled or closed peer wakes nobody a second time; what may still be read is remembered in the
 //! connection.
 pub mod connection;
@@ -18,6 +18,7 @@ mod host;
 pub mod muxer;
 pub mod packet;
 mod rx;
+mod streams;
 mod tx;
 
 use std::io;
@@ -94,21 +95,21 @@ impl Vsock {
     ///
     /// # Errors
     /// No descriptor for the epoll instance, the event fd or the timer.
-    pub fn new(guest_cid: u32, listener: Listener, dial: Dial) -> io::Result<Self> {
+    pub fn new(
+        guest_cid: u32,
+        listener: Listener,
+        dial: Dial,
+        counters: Counters,
+    ) -> io::Result<Self> {
         let guest_cid = u64::from(guest_cid);
         Ok(Self {
             guest_cid,
-            muxer: Muxer::new(guest_cid),
+            muxer: Muxer::new(guest_cid, counters),
             host: Host::new(listener, dial)?,
             tx_chain: Chain::new(),
             rx_chains: vec![Chain::new()],
             spare: Spare::default(),
         })
-    }
-
-    /// What happened so far, for the metrics.
-    pub fn counters(&self) -> Counters {
-        self.muxer.counters
     }
 
     /// The guest's CID.

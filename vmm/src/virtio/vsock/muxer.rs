@@ -4,6 +4,7 @@ use std::collections::{HashMap, VecDeque};
 
 use super::connection::{Connection, Event, Key, Millis, Outgoing, Reply, State};
 use super::packet::{HOST_CID, Header, Op, TYPE_STREAM};
+use crate::metrics::{Counter, Registry};
 
 /// Most connections at once.
 pub const MAX_CONNECTIONS: usize = 1023;
@@ -59,25 +60,44 @@ pub enum Next {
 pub struct Full;
 
 /// What happened so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct Counters {
     /// Connections made, by who asked.
-    pub from_host: u64,
-    pub from_guest: u64,
-    /// Connections refused because the table was full.
-    pub refused: u64,
+    pub from_host: Counter,
+    pub from_guest: Counter,
+    /// Connections refused because a table was full.
+    pub refused: Counter,
     /// Guest requests that found no listener.
-    pub no_listener: u64,
-    /// Packets that were not for us, or not from the guest.
-    pub misaddressed: u64,
+    pub no_listener: Counter,
+    /// Packets that were not for the host, or not from the guest.
+    pub misaddressed: Counter,
     /// Resets sent, and those dropped because the guest took none.
-    pub resets: u64,
-    pub resets_dropped: u64,
-    /// Connections reset because one end did not answer in time.
-    pub timed_out: u64,
+    pub resets: Counter,
+    pub resets_dropped: Counter,
+    /// Connections ended because one side did not answer in time.
+    pub timed_out: Counter,
     /// Payload bytes, from and to the guest.
-    pub rx_bytes: u64,
-    pub tx_bytes: u64,
+    pub tx_bytes: Counter,
+    pub rx_bytes: Counter,
+}
+
+impl Counters {
+    /// Counters that stand in the metrics under `vsock`.
+    pub fn new(registry: &Registry) -> Self {
+        let counter = |name| registry.counter("vsock", name);
+        Self {
+            from_host: counter("connections_from_host"),
+            from_guest: counter("connections_from_guest"),
+            refused: counter("connections_refused"),
+            no_listener: counter("no_listener"),
+            misaddressed: counter("misaddressed_packets"),
+            resets: counter("resets"),
+            resets_dropped: counter("resets_dropped"),
+            timed_out: counter("timed_out"),
+            tx_bytes: counter("tx_bytes"),
+            rx_bytes: counter("rx_bytes"),
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -99,11 +119,13 @@ pub struct Muxer {
     next_port: u32,
     /// Sum of all backlogs.
     backlog: usize,
+    /// No deadline is before this one.
+    soonest: Option<Millis>,
     pub(super) counters: Counters,
 }
 
 impl Muxer {
-    pub fn new(guest_cid: u64) -> Self {
+    pub fn new(guest_cid: u64, counters: Counters) -> Self {
         Self {
             guest_cid,
             slots: Vec::new(),
@@ -113,19 +135,19 @@ impl Muxer {
             resets: VecDeque::new(),
             next_port: FIRST_HOST_PORT,
             backlog: 0,
-            counters: Counters::default(),
+            soonest: None,
+            counters,
         }
     }
 
-    /// Forgets every connection; returns those there were.
-    pub fn reset(&mut self) -> Vec<Id> {
-        let ids = self.ids();
-        for &id in &ids {
+    /// Forgets every connection.
+    pub fn reset(&mut self) {
+        for id in self.ids() {
             self.remove(id);
         }
         self.round.clear();
         self.resets.clear();
-        ids
+        self.soonest = None;
     }
 
     pub fn get(&self, id: Id) -> Option<&Connection> {
@@ -147,13 +169,18 @@ impl Muxer {
         self.slots.len() - self.free.len() < MAX_CONNECTIONS
     }
 
+    /// Whether no connection is left.
+    pub fn is_empty(&self) -> bool {
+        self.slots.len() == self.free.len()
+    }
+
     /// The host asks for `guest_port`.
     ///
     /// # Errors
     /// The table is full.
     pub fn connect(&mut self, guest_port: u32, now: Millis) -> Result<Id, Full> {
         if !self.has_room() {
-            self.counters.refused += 1;
+            self.counters.refused.inc();
             return Err(Full);
         }
         let mut key = Key {
@@ -165,7 +192,7 @@ impl Muxer {
             key.host_port = port_after(key.host_port);
         }
         self.next_port = port_after(key.host_port);
-        self.counters.from_host += 1;
+        self.counters.from_host.inc();
         Ok(self.insert(Connection::from_host(key, now)))
     }
 
@@ -176,24 +203,24 @@ impl Muxer {
     pub fn accept(&mut self, request: &Header) -> Result<Id, Full> {
         let key = key_of(request);
         if !self.has_room() || self.table.contains_key(&key) {
-            self.counters.refused += 1;
+            self.counters.refused.inc();
             self.owe_reset(request.reset_for());
             return Err(Full);
         }
-        self.counters.from_guest += 1;
+        self.counters.from_guest.inc();
         Ok(self.insert(Connection::from_guest(key, request)))
     }
 
     /// Nobody listens on the host for the guest's `request`.
     pub fn refuse(&mut self, request: &Header) {
-        self.counters.no_listener += 1;
+        self.counters.no_listener.inc();
         self.owe_reset(request.reset_for());
     }
 
     /// Judges a packet of the guest whose payload is known to be there.
     pub fn guest_packet(&mut self, header: &Header, now: Millis) -> Verdict {
         if header.src_cid != self.guest_cid || header.dst_cid != HOST_CID {
-            self.counters.misaddressed += 1;
+            self.counters.misaddressed.inc();
             return Verdict::Done;
         }
         let op = Op::from_u16(header.op);
@@ -206,6 +233,11 @@ impl Muxer {
             return match op {
                 Some(Op::Rst) => Verdict::Done,
                 Some(Op::Request) if header.kind == TYPE_STREAM && self.has_room() => Verdict::Dial,
+                Some(Op::Request) if header.kind == TYPE_STREAM => {
+                    self.counters.refused.inc();
+                    self.owe_reset(header.reset_for());
+                    Verdict::Done
+                }
                 _ => {
                     self.owe_reset(header.reset_for());
                     Verdict::Done
@@ -229,7 +261,7 @@ impl Muxer {
         match op {
             Some(Op::Response) if was_requested && connection.is_attached() => Verdict::Opened(id),
             Some(Op::Rw) if delivers && connection.takes_from_guest() => {
-                self.counters.rx_bytes += u64::from(header.len);
+                self.counters.tx_bytes.add(u64::from(header.len));
                 Verdict::Deliver(id)
             }
             Some(Op::Rw) => {
@@ -258,6 +290,7 @@ impl Muxer {
         if !attached && self.table.get(&key) == Some(&id) {
             self.table.remove(&key);
         }
+        self.note_deadline(id);
         self.schedule(id);
         Verdict::Changed(id)
     }
@@ -270,18 +303,27 @@ impl Muxer {
             deadline.is_some_and(|deadline| deadline <= now)
         });
         for &id in &due {
-            self.counters.timed_out += 1;
+            self.counters.timed_out.inc();
             self.apply(id, Event::Tick, now);
         }
+        let connections = self
+            .slots
+            .iter()
+            .filter_map(|slot| slot.connection.as_ref());
+        self.soonest = connections.filter_map(Connection::deadline).min();
         due
     }
 
-    /// The earliest deadline.
-    pub fn deadline(&self) -> Option<Millis> {
-        self.slots
-            .iter()
-            .filter_map(|slot| slot.connection.as_ref()?.deadline())
-            .min()
+    /// A time before which no deadline comes; `None` if there is none at all.
+    pub fn soonest(&self) -> Option<Millis> {
+        self.soonest
+    }
+
+    fn note_deadline(&mut self, id: Id) {
+        if let Some(deadline) = self.get(id).and_then(Connection::deadline) {
+            let soonest = self.soonest.map_or(deadline, |other| other.min(deadline));
+            self.soonest = Some(soonest);
+        }
     }
 
     /// `len` payload bytes reached the host's socket directly.
@@ -332,7 +374,7 @@ impl Muxer {
     /// The next packet for the guest. Connections take turns.
     pub fn next_packet(&mut self) -> Option<Next> {
         if let Some(reset) = self.resets.pop_front() {
-            self.counters.resets += 1;
+            self.counters.resets.inc();
             return Some(Next::Control(reset));
         }
         while let Some(id) = self.round.pop_front() {
@@ -367,7 +409,7 @@ impl Muxer {
         connection.sent(len);
         let key = connection.key();
         let (buf_alloc, fwd_cnt) = connection.tell_credit();
-        self.counters.tx_bytes += u64::from(len);
+        self.counters.rx_bytes.add(u64::from(len));
         Some(Header {
             len,
             buf_alloc,
@@ -425,6 +467,7 @@ impl Muxer {
             id.generation = slot.generation;
         }
         self.table.insert(key, id);
+        self.note_deadline(id);
         self.schedule(id);
         id
     }
@@ -443,7 +486,7 @@ impl Muxer {
         if self.resets.len() < MAX_RESETS {
             self.resets.push_back(reset);
         } else {
-            self.counters.resets_dropped += 1;
+            self.counters.resets_dropped.inc();
         }
     }
 

@@ -1,5 +1,5 @@
 //! Packets from the guest.
-use super::connection::Event;
+use super::connection::{Event, Millis};
 use super::host::Host;
 use super::muxer::{Id, Muxer, Verdict};
 use super::packet::{HEADER_LEN, HEADER_LEN_U32, Header, Op};
@@ -22,8 +22,9 @@ impl Vsock {
             spare,
             ..
         } = self;
+        let now = host.now();
         chain::serve(io, TX, tx_chain, |mem, chain| {
-            packet(muxer, host, spare, mem, chain)?;
+            packet(muxer, host, spare, mem, chain, now)?;
             Ok(Outcome::Used(0))
         })
     }
@@ -35,6 +36,7 @@ fn packet(
     spare: &mut Spare,
     mem: &GuestRam,
     chain: &Chain,
+    now: Millis,
 ) -> Result<(), DeviceError> {
     let mut bytes = [0; HEADER_LEN];
     if chain
@@ -52,7 +54,7 @@ fn packet(
         // A lie about the length: no operation, so that the connection is reset.
         header.op = 0;
     }
-    match muxer.guest_packet(&header, host.now()) {
+    match muxer.guest_packet(&header, now) {
         Verdict::Done => {}
         Verdict::Dial => host.dial(&header, muxer),
         Verdict::Opened(id) => host.opened(id, muxer),

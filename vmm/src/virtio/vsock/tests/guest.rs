@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::{Bytes, GuestAddress};
 
+use super::super::muxer::Counters;
 use super::super::packet::*;
 use super::super::{RX, TX, Vsock, listen};
 use crate::virtio::device::{DeviceError, VirtioDevice};
@@ -43,7 +44,7 @@ impl Guest {
     pub(super) fn idle() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (listener, dial) = listen(&dir.path().join("v.sock")).unwrap();
-        let mut device = Vsock::new(GUEST_CID as u32, listener, dial).unwrap();
+        let mut device = Vsock::new(GUEST_CID as u32, listener, dial, Counters::default()).unwrap();
         let clock = Arc::new(AtomicU64::new(0));
         let time = clock.clone();
         device
