@@ -3,6 +3,7 @@
 //! RAM of a booted guest is private anonymous memory, so that exactly the pages the guest
 //! touched exist; the mappings are named `guest-ram` for whoever reads `/proc/PID/smaps`.
 #![allow(unsafe_code)]
+pub mod discard;
 pub mod segment;
 
 use std::io;

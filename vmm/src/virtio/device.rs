@@ -144,6 +144,12 @@ pub trait VirtioDevice: Send {
     /// The driver kicked `queue`, or the machine resumed and asks every queue to be looked at.
     fn queue_notified(&mut self, io: &mut DeviceIo<'_>, queue: usize) -> Result<(), DeviceError>;
 
+    /// Whether a kick of `queue` must be served before the driver goes on: then it takes the
+    /// exit of the register write instead of an ioeventfd.
+    fn kicked_synchronously(&self, _queue: usize) -> bool {
+        false
+    }
+
     /// Host descriptors to poll from the device's creation on.
     fn host_events(&self) -> Vec<HostEvent> {
         Vec::new()
