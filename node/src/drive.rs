@@ -20,7 +20,7 @@ pub struct DriveSpec {
 pub enum DriveError {
     #[error("the drive '{0}' names no file; write PATH, PATH:ro or PATH:ro:id=NAME")]
     NoPath(String),
-    #[error("the drive id '{0}' is not 1 to 20 letters, digits, '-' or '_'")]
+    #[error("the drive id '{0}' is not 1 to 20 letters, digits or '_'")]
     BadId(String),
     #[error("the drive id '{0}' is used twice; give one of them another id with :id=NAME")]
     DuplicateId(String),
@@ -67,9 +67,7 @@ impl FromStr for DriveSpec {
 
 fn check_id(id: &str) -> Result<(), DriveError> {
     let fits = (1..=ID_MAX).contains(&id.len());
-    let plain = id
-        .bytes()
-        .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
+    let plain = id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
     if fits && plain {
         Ok(())
     } else {
@@ -154,7 +152,7 @@ mod tests {
             Ok(vec!["drive0".into(), "drive1".into()])
         );
         assert_eq!(
-            assign_ids(&[named, plain.clone()], &[]),
+            assign_ids(&[named, plain], &[]),
             Err(DriveError::DuplicateId("drive1".into()))
         );
         assert_eq!(

@@ -1,5 +1,24 @@
 //! What this machine can do with sandboxes. Every verb of the command line is a function here first.
+#![deny(unsafe_code)]
 
 pub mod assets;
+pub mod bounded_log;
+pub mod cpu;
+pub mod diagnosis;
+pub mod disk;
+pub mod doctor;
 pub mod drive;
+pub mod ending;
+pub mod exec;
+pub mod poll;
+pub mod sandbox;
 pub mod size;
+pub mod stages;
+pub mod state;
+pub mod supervisor;
+pub mod sys;
+pub mod vmm;
+
+pub use belljar_protocol::AGENT_PORT;
+/// How a command in a guest ended.
+pub use belljar_protocol::v1::end::How as End;

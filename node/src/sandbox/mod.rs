@@ -1,0 +1,448 @@
+//! A sandbox from its directory to the agent's sign of readiness, and to its end.
+
+mod error;
+mod plan;
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+use belljar_protocol::{READY_PORT, client, v1};
+
+pub use error::BootError;
+pub use plan::{DiskChoice, GuestSpec, ImageChoice};
+
+use crate::diagnosis;
+use crate::ending::{Ended, Meaning};
+use crate::poll::{PollSet, Polled};
+use crate::stages::Stages;
+use crate::state::{self, SandboxDir, StateRoot};
+use crate::supervisor::{self, Event, EventReader};
+use crate::vmm;
+
+/// Between two looks for the API's socket. The supervisor is watched at the same time.
+const API_RETRY: Duration = Duration::from_micros(300);
+/// How long the record of an end may take after the connection broke.
+const END_PATIENCE: Duration = Duration::from_secs(2);
+/// A Ready message that has begun to arrive is here within this time.
+const READY_PATIENCE: Duration = Duration::from_secs(2);
+
+/// The programs that make a sandbox.
+#[derive(Debug, Clone)]
+pub struct Programs {
+    /// A binary whose `__supervise` mode is [`supervisor::main`].
+    pub supervisor: PathBuf,
+    pub vmm: PathBuf,
+}
+
+/// A guest that is up, with the supervisor that owns it. Dropping it tears it down.
+#[derive(Debug)]
+pub struct Sandbox {
+    dir: SandboxDir,
+    supervisor: Child,
+    /// Hanging up ends everything.
+    control: Option<UnixStream>,
+    events: EventReader,
+    ended: Option<Box<Ended>>,
+    /// Shared with the supervisor; for when it is killed and this process has to clean up.
+    _lock: File,
+    ready: v1::Ready,
+    removable: bool,
+}
+
+/// What bounds a boot.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits<'a> {
+    pub boot: Duration,
+    /// Readable when the boot is to be given up.
+    pub cancel: Option<BorrowedFd<'a>>,
+}
+
+impl Sandbox {
+    /// Boots an ephemeral guest and waits until its agent serves calls.
+    ///
+    /// # Errors
+    /// Where it ended early; nothing is left behind then.
+    pub fn boot(
+        root: &StateRoot,
+        programs: &Programs,
+        spec: &GuestSpec,
+        limits: Limits<'_>,
+        stages: &mut Stages,
+    ) -> Result<Self, BootError> {
+        let deadline = Instant::now() + limits.boot;
+        if !programs.vmm.exists() {
+            return Err(BootError::NoVmm(programs.vmm.clone()));
+        }
+        let plan = plan::Plan::new(spec)?;
+        let (dir, lock) = root.create()?;
+        let prepared = plan
+            .write(&dir)
+            .and_then(|config| Self::spawn(programs, dir.clone(), lock).map(|s| (config, s)));
+        let (config, mut sandbox) = match prepared {
+            Ok(prepared) => prepared,
+            Err(error) => {
+                let _ = dir.remove();
+                return Err(error);
+            }
+        };
+        stages.mark("prepared");
+        sandbox.start(&config, limits, deadline, stages)?;
+        if sandbox.ready.degraded.is_empty() {
+            Ok(sandbox)
+        } else {
+            Err(BootError::Degraded(sandbox.ready.degraded.clone()))
+        }
+    }
+
+    fn spawn(programs: &Programs, dir: SandboxDir, lock: File) -> Result<Self, BootError> {
+        let failed = |doing| move |source| BootError::Supervisor { doing, source };
+        let inherited = lock.try_clone().map_err(failed("sharing the lock"))?;
+        let arguments = ["--api-sock", state::API_SOCKET, "--id", dir.id()].map(Into::into);
+        let (supervisor, control) = supervisor::spawn(
+            &programs.supervisor,
+            &dir,
+            inherited,
+            &programs.vmm,
+            &arguments,
+        )
+        .map_err(failed("starting it"))?;
+        Ok(Self {
+            dir,
+            supervisor,
+            control: Some(control),
+            events: EventReader::default(),
+            ended: None,
+            _lock: lock,
+            ready: v1::Ready::default(),
+            removable: true,
+        })
+    }
+
+    fn start(
+        &mut self,
+        config: &vmm::Config,
+        limits: Limits<'_>,
+        deadline: Instant,
+        stages: &mut Stages,
+    ) -> Result<(), BootError> {
+        let io_failed = |doing| move |source| BootError::Supervisor { doing, source };
+        let socket = self.socket(&format!("{}_{READY_PORT}", state::VSOCK_SOCKET))?;
+        let listener =
+            UnixListener::bind(socket.path()).map_err(io_failed("listening for the agent"))?;
+
+        let mut api = self.connect_api(limits, deadline)?;
+        stages.mark("VMM process");
+        let calls = config
+            .calls()
+            .map_err(|error| BootError::Invalid(error.to_string()))?;
+        let outcome = vmm::run_calls(&mut api, &calls, deadline, |index| {
+            if index == 0 {
+                stages.mark("API");
+            }
+        });
+        match outcome {
+            Ok(()) => {}
+            Err(error @ vmm::ApiError::Refused { .. }) => return Err(error.into()),
+            Err(error) => {
+                return Err(self
+                    .explain_end("before it had started the guest")
+                    .unwrap_or_else(|| error.into()));
+            }
+        }
+        stages.mark("InstanceStart");
+        if let Some(control) = &mut self.control {
+            supervisor::attach_console(control).map_err(io_failed("following the console"))?;
+        }
+        self.ready = self.wait_ready(&listener, limits, deadline)?;
+        stages.mark_guest(&self.ready.times.unwrap_or_default());
+        Ok(())
+    }
+
+    /// Connects as soon as the VMM listens.
+    fn connect_api(
+        &mut self,
+        limits: Limits<'_>,
+        deadline: Instant,
+    ) -> Result<UnixStream, BootError> {
+        let socket = self.socket(state::API_SOCKET)?;
+        loop {
+            if let Ok(stream) = UnixStream::connect(socket.path()) {
+                return Ok(stream);
+            }
+            if Instant::now() >= deadline {
+                return Err(BootError::NotStarted(format!(
+                    "the VMM did not open its API within {} s",
+                    limits.boot.as_secs_f32()
+                )));
+            }
+            self.watch(None, limits.cancel, Instant::now() + API_RETRY)?;
+            if let Some(ended) = self.ended.take() {
+                return Err(BootError::Ended {
+                    stage: "before it opened its API",
+                    ended,
+                });
+            }
+        }
+    }
+
+    fn wait_ready(
+        &mut self,
+        listener: &UnixListener,
+        limits: Limits<'_>,
+        deadline: Instant,
+    ) -> Result<v1::Ready, BootError> {
+        loop {
+            if self.watch(Some(listener.as_fd()), limits.cancel, deadline)? {
+                let patience = Some(Instant::now() + READY_PATIENCE);
+                let ready = listener
+                    .accept()
+                    .ok()
+                    .and_then(|(stream, _)| client::receive_ready(stream, patience).ok());
+                // A guest that sends something else gets another chance, until the deadline.
+                if let Some(ready) = ready {
+                    return Ok(ready);
+                }
+            }
+            if let Some(ended) = self.ended.take() {
+                return Err(BootError::Ended {
+                    stage: "while it was booting",
+                    ended,
+                });
+            }
+            if Instant::now() >= deadline {
+                let console = self.console_lines();
+                return Err(BootError::NotReady {
+                    progress: diagnosis::progress(&console),
+                    limit: limits.boot,
+                    console,
+                });
+            }
+        }
+    }
+
+    /// Waits for `awaited` (returns `true`), the supervisor or the deadline.
+    fn watch(
+        &mut self,
+        awaited: Option<BorrowedFd<'_>>,
+        cancel: Option<BorrowedFd<'_>>,
+        deadline: Instant,
+    ) -> Result<bool, BootError> {
+        let io_failed = |doing| move |source| BootError::Supervisor { doing, source };
+        let Some(control) = &self.control else {
+            return Err(BootError::NotStarted("the supervisor is gone".into()));
+        };
+        let mut set = PollSet::default();
+        let control = set.readable(control.as_fd());
+        let awaited = awaited.map(|fd| set.readable(fd));
+        let cancel = cancel.map(|fd| set.readable(fd));
+        let polled: Polled = set.wait(Some(deadline)).map_err(io_failed("waiting"))?;
+        let is_ready = |slot: Option<usize>| slot.is_some_and(|slot| polled.is_ready(slot));
+        if is_ready(cancel) {
+            return Err(BootError::Cancelled);
+        }
+        let awaited = is_ready(awaited);
+        if polled.is_ready(control) {
+            self.read_events()?;
+        }
+        Ok(awaited)
+    }
+
+    fn read_events(&mut self) -> Result<(), BootError> {
+        let io_failed = |source| BootError::Supervisor {
+            doing: "listening to it",
+            source,
+        };
+        let events = match &mut self.control {
+            Some(control) => self.events.read(control).map_err(io_failed)?,
+            None => None,
+        };
+        let Some(events) = events else {
+            self.control = None;
+            return Err(BootError::NotStarted(
+                "the supervisor died, and the VMM with it".into(),
+            ));
+        };
+        for event in events {
+            match event {
+                Event::Started { .. } => {}
+                Event::Failed { message } => return Err(BootError::NotStarted(message)),
+                Event::Ended(ended) => self.ended = Some(ended),
+            }
+        }
+        Ok(())
+    }
+
+    /// How the VMM ended, if it did or is about to.
+    fn explain_end(&mut self, stage: &'static str) -> Option<BootError> {
+        match self.wait_end(END_PATIENCE) {
+            Ok(ended) => ended.map(|ended| BootError::Ended { stage, ended }),
+            Err(error) => Some(error),
+        }
+    }
+
+    /// Waits for the VMM's end; `None` if it still runs at the limit.
+    ///
+    /// # Errors
+    /// The supervisor died.
+    pub fn wait_end(&mut self, limit: Duration) -> Result<Option<Box<Ended>>, BootError> {
+        let deadline = Instant::now() + limit;
+        while self.ended.is_none() && Instant::now() < deadline {
+            self.watch(None, None, deadline)?;
+        }
+        Ok(self.ended.clone())
+    }
+
+    /// What the agent said about itself.
+    #[must_use]
+    pub fn ready(&self) -> &v1::Ready {
+        &self.ready
+    }
+
+    #[must_use]
+    pub fn id(&self) -> &str {
+        self.dir.id()
+    }
+
+    /// A descriptor that becomes readable when the VMM ends.
+    #[must_use]
+    pub fn events_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.control.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Connects to a vsock port of the guest.
+    ///
+    /// # Errors
+    /// Nothing listens there, or the VMM is gone.
+    pub fn connect(
+        &self,
+        port: u32,
+        deadline: Instant,
+    ) -> Result<UnixStream, belljar_protocol::hybrid::ConnectError> {
+        let path = short_path(&self.dir, state::VSOCK_SOCKET);
+        belljar_protocol::hybrid::connect(path.path(), port, deadline)
+    }
+
+    fn console_lines(&self) -> Vec<String> {
+        let text = std::fs::read(self.dir.file(state::CONSOLE_LOG)).unwrap_or_default();
+        crate::bounded_log::last_lines(&text, 20)
+    }
+
+    fn socket(&self, name: &str) -> Result<SocketPath, BootError> {
+        Ok(short_path(&self.dir, name))
+    }
+
+    /// Asks the guest to write everything back and to switch itself off; waits for that.
+    ///
+    /// # Errors
+    /// The supervisor died.
+    pub fn shut_down(&mut self, limit: Duration) -> Result<Option<Box<Ended>>, BootError> {
+        let deadline = Instant::now() + limit;
+        if let Ok(stream) = self.connect(belljar_protocol::AGENT_PORT, deadline) {
+            let mode = v1::shutdown::Mode::PowerOff;
+            let _ = client::shutdown(stream, mode, None, Some(deadline));
+        }
+        self.wait_end(deadline.saturating_duration_since(Instant::now()))
+    }
+
+    /// Kills the VMM if it still runs, and removes everything. Returns how it ended, if it did by itself.
+    #[must_use]
+    pub fn tear_down(mut self) -> Option<Box<Ended>> {
+        self.finish();
+        self.ended.take()
+    }
+
+    fn finish(&mut self) {
+        if !std::mem::take(&mut self.removable) {
+            return;
+        }
+        // Hanging up is the order to end and to remove the directory.
+        if let Some(control) = self.control.take() {
+            let _ = control.shutdown(std::net::Shutdown::Write);
+            self.collect_end(control);
+        }
+        let _ = self.supervisor.wait();
+        // The supervisor has done it, unless it was killed.
+        if self.dir.path().exists() {
+            let _ = self.dir.remove();
+        }
+    }
+
+    fn collect_end(&mut self, mut control: UnixStream) {
+        while let Ok(Some(events)) = self.events.read(&mut control) {
+            for event in events {
+                if let Event::Ended(ended) = event
+                    && ended.meaning != Meaning::TornDown
+                {
+                    self.ended = Some(ended);
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
+/// A socket's address has room for 107 bytes. A longer path is reached through the open directory.
+struct SocketPath {
+    path: PathBuf,
+    _dir: Option<File>,
+}
+
+impl SocketPath {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+const SOCKET_PATH_MAX: usize = 107;
+
+fn short_path(dir: &SandboxDir, name: &str) -> SocketPath {
+    use std::os::fd::AsRawFd;
+    let path = dir.file(name);
+    if path.as_os_str().len() <= SOCKET_PATH_MAX {
+        return SocketPath { path, _dir: None };
+    }
+    match File::open(dir.path()) {
+        Ok(open) => SocketPath {
+            path: PathBuf::from(format!("/proc/self/fd/{}/{name}", open.as_raw_fd())),
+            _dir: Some(open),
+        },
+        Err(_) => SocketPath { path, _dir: None },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sockets_work_below_any_directory() {
+        let keep = tempfile::tempdir().unwrap();
+        for depth in [0, 30] {
+            let deep = keep.path().join("long-name/".repeat(depth)).join("x");
+            std::fs::create_dir_all(&deep).unwrap();
+            let dir = SandboxDir::existing(&deep);
+            let address = short_path(&dir, "v.sock_1025");
+            let _listener = UnixListener::bind(address.path()).unwrap();
+            UnixStream::connect(short_path(&dir, "v.sock_1025").path()).unwrap();
+            assert!(dir.file("v.sock_1025").exists());
+        }
+    }
+
+    #[test]
+    fn io_errors_of_the_supervisor_name_what_was_done() {
+        let error = BootError::Supervisor {
+            doing: "starting it",
+            source: std::io::ErrorKind::NotFound.into(),
+        };
+        assert!(error.to_string().contains("starting it"));
+    }
+}

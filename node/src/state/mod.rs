@@ -1,0 +1,396 @@
+//! The directory of each sandbox and what it says about its owner (contract 10).
+//!
+//! `…/sandboxes/ID/` holds:
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `lock` | locked (flock) by the supervisor, and by whoever removes the directory |
+//! | `owner.json` | supervisor, VMM, boot of the machine |
+//! | `ended.json` | how the VMM ended; appears by rename |
+//! | `api.sock` | the VMM's control API |
+//! | `v.sock`, `v.sock_1025` | vsock: into the guest; the agent's sign of readiness |
+//! | `console.sock` | the guest's console |
+//! | `console.log`, `vmm.log` | what the console and the VMM said, bounded |
+//! | `disk` | the writable disk |
+
+mod process;
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use rustix::fs::FlockOperation;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+pub use process::{ProcessRecord, boot_id};
+
+use crate::ending::Ended;
+
+/// Overrides the directory of all state.
+pub const STATE_VARIABLE: &str = "BELLJAR_STATE";
+/// Version of the records in the directory.
+const VERSION: u32 = 1;
+/// A directory younger than this without a lock is being made.
+const GRACE: Duration = Duration::from_secs(10);
+
+pub const LOCK: &str = "lock";
+pub const OWNER: &str = "owner.json";
+pub const ENDED: &str = "ended.json";
+pub const API_SOCKET: &str = "api.sock";
+pub const VSOCK_SOCKET: &str = "v.sock";
+pub const CONSOLE_SOCKET: &str = "console.sock";
+pub const CONSOLE_LOG: &str = "console.log";
+pub const VMM_LOG: &str = "vmm.log";
+pub const DISK: &str = "disk";
+
+/// A directory or record could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    #[error("neither HOME nor XDG_STATE_HOME is set; set {STATE_VARIABLE}")]
+    NoHome,
+    #[error("cannot {what} {}: {source}", path.display())]
+    Io {
+        what: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+    #[error("{} is not a record of this program: {source}", path.display())]
+    Malformed {
+        path: PathBuf,
+        source: serde_json::Error,
+    },
+}
+
+fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateError + use<> {
+    let path = path.to_path_buf();
+    move |source| StateError::Io { what, path, source }
+}
+
+/// Who owns a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owner {
+    pub version: u32,
+    pub boot_id: String,
+    pub supervisor: ProcessRecord,
+    pub vmm: Option<ProcessRecord>,
+    /// Goes away with the command that made it.
+    pub ephemeral: bool,
+}
+
+impl Owner {
+    /// A record of the present boot.
+    #[must_use]
+    pub fn new(supervisor: ProcessRecord, vmm: Option<ProcessRecord>, ephemeral: bool) -> Self {
+        Self {
+            version: VERSION,
+            boot_id: boot_id(),
+            supervisor,
+            vmm,
+            ephemeral,
+        }
+    }
+}
+
+/// All sandboxes of one user on this machine.
+#[derive(Debug, Clone)]
+pub struct StateRoot {
+    sandboxes: PathBuf,
+}
+
+impl StateRoot {
+    /// `BELLJAR_STATE`, else `${XDG_STATE_HOME:-$HOME/.local/state}/belljar`. Makes nothing.
+    ///
+    /// # Errors
+    /// `NoHome` if none of them is known.
+    pub fn locate() -> Result<Self, StateError> {
+        let root = std::env::var_os(STATE_VARIABLE)
+            .map(PathBuf::from)
+            .or_else(|| crate::assets::user_dir("XDG_STATE_HOME", ".local/state"))
+            .ok_or(StateError::NoHome)?;
+        Self::at(&root)
+    }
+
+    /// State below a directory of the caller's choice.
+    ///
+    /// # Errors
+    /// The working directory is gone.
+    pub fn at(root: &Path) -> Result<Self, StateError> {
+        let root = std::path::absolute(root).map_err(io_error("use", root))?;
+        Ok(Self {
+            sandboxes: root.join("sandboxes"),
+        })
+    }
+
+    /// Where the directories of the sandboxes are.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.sandboxes
+    }
+
+    /// Makes the directory of a new sandbox and locks it. The lock belongs to the open file, so a
+    /// supervisor that inherits it keeps it.
+    ///
+    /// # Errors
+    /// The state directory cannot be written.
+    pub fn create(&self) -> Result<(SandboxDir, File), StateError> {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.sandboxes)
+            .map_err(io_error("make the directory", &self.sandboxes))?;
+        loop {
+            let id = new_id();
+            let path = self.sandboxes.join(&id);
+            match DirBuilder::new().mode(0o700).create(&path) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
+                Err(error) => return Err(io_error("make the directory", &path)(error)),
+            }
+            let dir = SandboxDir { id, path };
+            let lock = dir.try_lock()?.ok_or_else(|| StateError::Io {
+                what: "lock",
+                path: dir.file(LOCK),
+                source: io::ErrorKind::WouldBlock.into(),
+            })?;
+            return Ok((dir, lock));
+        }
+    }
+
+    /// Every sandbox there is, by id.
+    ///
+    /// # Errors
+    /// The directory exists and cannot be read.
+    pub fn list(&self) -> Result<Vec<SandboxDir>, StateError> {
+        let entries = match fs::read_dir(&self.sandboxes) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(io_error("read the directory", &self.sandboxes)(error)),
+        };
+        let mut found: Vec<SandboxDir> = entries
+            .filter_map(Result::ok)
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+            .filter_map(|entry| {
+                Some(SandboxDir {
+                    id: entry.file_name().into_string().ok()?,
+                    path: entry.path(),
+                })
+            })
+            .collect();
+        found.sort_by(|a, b| a.id.cmp(&b.id));
+        Ok(found)
+    }
+}
+
+/// Eight hexadecimal digits.
+fn new_id() -> String {
+    let mut bytes = [0u8; 4];
+    if rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()).is_err() {
+        bytes = std::process::id().to_ne_bytes();
+    }
+    format!("{:08x}", u32::from_ne_bytes(bytes))
+}
+
+/// The directory of one sandbox.
+#[derive(Debug, Clone)]
+pub struct SandboxDir {
+    id: String,
+    path: PathBuf,
+}
+
+/// Who has a sandbox in hand.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Condition {
+    /// Its supervisor (or a command that is making or removing it) holds the lock.
+    Owned(Option<Owner>),
+    /// Nobody owns it any more.
+    Left(Leftover),
+}
+
+/// Why a directory is still there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Leftover {
+    /// The machine was booted again while it ran.
+    Rebooted,
+    /// Its supervisor died; with it went the VMM.
+    SupervisorDied,
+    /// Its supervisor died, and its VMM still runs.
+    VmmAlone(ProcessRecord),
+    /// It ended as told, but nobody removed it.
+    EndedUnremoved(Box<Ended>),
+    /// It was never started.
+    NeverStarted,
+}
+
+impl SandboxDir {
+    /// The directory at `path`, which exists.
+    #[must_use]
+    pub fn existing(path: &Path) -> Self {
+        let id = path
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default();
+        Self {
+            id,
+            path: path.to_path_buf(),
+        }
+    }
+
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A file inside.
+    #[must_use]
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Takes the lock if nobody has it.
+    ///
+    /// # Errors
+    /// The lock file cannot be opened.
+    pub fn try_lock(&self) -> Result<Option<File>, StateError> {
+        let path = self.file(LOCK);
+        let lock = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(io_error("open the lock", &path))?;
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(lock)),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+            Err(error) => Err(io_error("lock", &path)(error.into())),
+        }
+    }
+
+    /// Writes a record by rename, so that it is never seen half written.
+    ///
+    /// # Errors
+    /// The directory cannot be written.
+    pub fn write_record(&self, name: &str, record: &impl Serialize) -> Result<(), StateError> {
+        let path = self.file(name);
+        let temporary = self.file(&format!("{name}.new"));
+        let mut text =
+            serde_json::to_vec_pretty(record).map_err(|source| StateError::Malformed {
+                path: path.clone(),
+                source,
+            })?;
+        text.push(b'\n');
+        let written = File::create(&temporary).and_then(|mut file| file.write_all(&text));
+        written.map_err(io_error("write", &temporary))?;
+        fs::rename(&temporary, &path).map_err(io_error("write", &path))
+    }
+
+    /// Reads a record; `None` if there is none.
+    ///
+    /// # Errors
+    /// It cannot be read, or is not such a record.
+    pub fn read_record<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StateError> {
+        let path = self.file(name);
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(io_error("read", &path)(error)),
+        };
+        serde_json::from_slice(&text)
+            .map(Some)
+            .map_err(|source| StateError::Malformed { path, source })
+    }
+
+    /// Who owns it, or why it is still there.
+    ///
+    /// # Errors
+    /// The lock cannot be tried.
+    pub fn condition(&self) -> Result<Condition, StateError> {
+        if !self.file(LOCK).exists() && self.is_young() {
+            return Ok(Condition::Owned(None));
+        }
+        // A record that cannot be read is as good as none: what is left can still be explained.
+        let owner: Option<Owner> = self.read_record(OWNER).ok().flatten();
+        if self.try_lock()?.is_none() {
+            return Ok(Condition::Owned(owner));
+        }
+        let ended: Option<Ended> = self.read_record(ENDED).ok().flatten();
+        Ok(Condition::Left(explain(owner, ended, &boot_id())))
+    }
+
+    fn is_young(&self) -> bool {
+        fs::metadata(&self.path)
+            .and_then(|metadata| metadata.modified())
+            .ok()
+            .and_then(|made| SystemTime::now().duration_since(made).ok())
+            .is_some_and(|age| age < GRACE)
+    }
+
+    /// Removes the directory and all in it.
+    ///
+    /// # Errors
+    /// Something in it cannot be removed.
+    pub fn remove(&self) -> Result<(), StateError> {
+        match fs::remove_dir_all(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(io_error("remove", &self.path)(error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes what a crash left, VMM included; `false` if it has an owner after all.
+    ///
+    /// # Errors
+    /// Something in it cannot be removed.
+    pub fn clean(&self) -> Result<bool, StateError> {
+        let Condition::Left(leftover) = self.condition()? else {
+            return Ok(false);
+        };
+        let Some(_lock) = self.try_lock()? else {
+            return Ok(false);
+        };
+        if let Leftover::VmmAlone(vmm) = leftover {
+            kill_exactly(vmm);
+        }
+        self.remove()?;
+        Ok(true)
+    }
+}
+
+/// Kills the recorded process and no other: the descriptor is taken first, then the record compared.
+fn kill_exactly(process: ProcessRecord) {
+    use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+    let pid = i32::try_from(process.pid).ok().and_then(Pid::from_raw);
+    let Some(pidfd) = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else {
+        return;
+    };
+    if process.is_alive() {
+        let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+    }
+}
+
+fn explain(owner: Option<Owner>, ended: Option<Ended>, boot_id: &str) -> Leftover {
+    if let Some(ended) = ended {
+        return Leftover::EndedUnremoved(Box::new(ended));
+    }
+    match owner {
+        None => Leftover::NeverStarted,
+        Some(owner) if owner.boot_id != boot_id => Leftover::Rebooted,
+        Some(owner) => match owner.vmm {
+            Some(vmm) if vmm.is_alive() => Leftover::VmmAlone(vmm),
+            _ => Leftover::SupervisorDied,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests;

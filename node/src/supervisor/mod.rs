@@ -1,0 +1,302 @@
+//! The process that owns one VMM (contract 10).
+//!
+//! It is started with the sandbox's lock as standard output and a socket to its owner as standard input.
+//! It starts the VMM in the sandbox's directory, keeps what VMM and console say, writes how the VMM
+//! ended, and tells its owner. VMM and supervisor die together. When the owner hangs up, the VMM is
+//! killed and an ephemeral sandbox's directory removed.
+
+mod protocol;
+
+use std::ffi::OsString;
+use std::io::{self, PipeReader, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant, SystemTime};
+
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use crate::bounded_log::BoundedLog;
+use crate::ending::{Ended, Meaning};
+use crate::poll::PollSet;
+use crate::state::{self, Owner, ProcessRecord, SandboxDir};
+use crate::sys::{self, SignalFd};
+
+pub(crate) use protocol::EventReader;
+pub use protocol::{ATTACH_CONSOLE, Event};
+
+/// First argument of the hidden mode: `belljar __supervise DIR PROGRAM ARGUMENTS…`.
+pub const MODE: &str = "__supervise";
+/// Bytes of each log file; at most two of each are kept.
+const LOG_LIMIT: u64 = 512 * 1024;
+/// Lines quoted in the record of the end.
+const QUOTED_LINES: usize = 20;
+/// What a dead VMM's console and log may still hold is read for this long at most.
+const DRAIN: Duration = Duration::from_millis(200);
+
+/// Runs the hidden mode with the arguments after [`MODE`]. Returns the exit status of the supervisor.
+#[must_use]
+pub fn main(mut arguments: impl Iterator<Item = OsString>) -> u8 {
+    let (Some(dir), Some(program)) = (arguments.next(), arguments.next()) else {
+        return 2;
+    };
+    let Ok(owner) = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3) else {
+        return 1;
+    };
+    let mut owner = UnixStream::from(owner);
+    let dir = SandboxDir::existing(&PathBuf::from(dir));
+    // Sockets are named relative to it, because a socket's path may have at most 107 bytes.
+    if std::env::set_current_dir(dir.path()).is_err() {
+        return 1;
+    }
+    // Ctrl-C in the owner's terminal is for the guest.
+    let _ = rustix::process::setsid();
+    let outcome = Supervisor::start(dir.clone(), &program, arguments.collect())
+        .and_then(|supervisor| supervisor.watch(&mut owner));
+    if let Err(error) = &outcome {
+        Event::Failed {
+            message: error.to_string(),
+        }
+        .send(&mut owner);
+    }
+    wait_for_hang_up(&mut owner);
+    // The lock is still held: it is the open file at descriptor 1.
+    let removed = dir.remove();
+    u8::from(outcome.is_err() || removed.is_err())
+}
+
+/// The owner reads what it needs from the directory and then hangs up.
+fn wait_for_hang_up(owner: &mut UnixStream) {
+    let mut ignored = [0u8; 64];
+    while owner.read(&mut ignored).is_ok_and(|count| count > 0) {}
+}
+
+struct Supervisor {
+    dir: SandboxDir,
+    vmm: Child,
+    vmm_pidfd: OwnedFd,
+    /// Standard output and error of the VMM, until it closes them.
+    output: Option<PipeReader>,
+    log: BoundedLog,
+    console: Option<UnixStream>,
+    console_log: BoundedLog,
+    signals: SignalFd,
+    torn_down: bool,
+}
+
+impl Supervisor {
+    fn start(dir: SandboxDir, program: &OsString, arguments: Vec<OsString>) -> io::Result<Self> {
+        let signals = SignalFd::new(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP])?;
+        let (output, vmm_output) = io::pipe()?;
+        let mut command = Command::new(program);
+        command
+            .args(arguments)
+            .current_dir(dir.path())
+            .stdin(Stdio::null())
+            .stdout(vmm_output.try_clone()?)
+            .stderr(vmm_output);
+        sys::die_with_parent(&mut command);
+        let vmm = command.spawn().map_err(|error| {
+            let program = program.to_string_lossy();
+            io::Error::new(
+                error.kind(),
+                format!("cannot start the VMM {program}: {error}"),
+            )
+        })?;
+        // Drops this process's ends of the pipe for writing, so that its end is seen.
+        drop(command);
+        let vmm_pidfd = pidfd_open(Pid::from_child(&vmm), PidfdFlags::empty())?;
+        let supervisor = ProcessRecord::of(std::process::id());
+        let record = Owner::new(
+            supervisor.ok_or(io::ErrorKind::NotFound)?,
+            ProcessRecord::of(vmm.id()),
+            true,
+        );
+        dir.write_record(state::OWNER, &record)
+            .map_err(io::Error::other)?;
+        Ok(Self {
+            vmm,
+            vmm_pidfd,
+            output: Some(output),
+            log: BoundedLog::new(dir.file(state::VMM_LOG), LOG_LIMIT),
+            console: None,
+            console_log: BoundedLog::new(dir.file(state::CONSOLE_LOG), LOG_LIMIT),
+            dir,
+            signals,
+            torn_down: false,
+        })
+    }
+
+    fn watch(mut self, owner: &mut UnixStream) -> io::Result<()> {
+        Event::Started { pid: self.vmm.id() }.send(owner);
+        let mut owner_present = true;
+        loop {
+            let ready = self.wait(owner_present.then_some(&*owner))?;
+            if ready.output {
+                follow(&mut self.output, &mut self.log);
+            }
+            if ready.console {
+                follow(&mut self.console, &mut self.console_log);
+            }
+            if ready.vmm {
+                break;
+            }
+            if ready.signal && self.signals.take().is_some() {
+                self.tear_down();
+            }
+            if ready.owner {
+                owner_present = self.obey(owner);
+            }
+        }
+        let ended = self.end()?;
+        Event::Ended(Box::new(ended)).send(owner);
+        Ok(())
+    }
+
+    fn wait(&self, owner: Option<&UnixStream>) -> io::Result<Ready> {
+        let mut set = PollSet::default();
+        let vmm = set.readable(self.vmm_pidfd.as_fd());
+        let signal = set.readable(self.signals.as_fd());
+        let output = self.output.as_ref().map(|fd| set.readable(fd.as_fd()));
+        let console = self.console.as_ref().map(|fd| set.readable(fd.as_fd()));
+        let owner = owner.map(|fd| set.readable(fd.as_fd()));
+        let polled = set.wait(None)?;
+        let is_ready = |slot: Option<usize>| slot.is_some_and(|slot| polled.is_ready(slot));
+        Ok(Ready {
+            vmm: polled.is_ready(vmm),
+            signal: polled.is_ready(signal),
+            output: is_ready(output),
+            console: is_ready(console),
+            owner: is_ready(owner),
+        })
+    }
+
+    /// Carries out what the owner sent; `false` if it has hung up.
+    fn obey(&mut self, owner: &mut UnixStream) -> bool {
+        let mut commands = [0u8; 16];
+        let count = match owner.read(&mut commands) {
+            Ok(0) | Err(_) => {
+                self.tear_down();
+                return false;
+            }
+            Ok(count) => count,
+        };
+        for command in commands.iter().take(count) {
+            if *command == ATTACH_CONSOLE && self.console.is_none() {
+                self.console = UnixStream::connect(state::CONSOLE_SOCKET).ok();
+            }
+        }
+        true
+    }
+
+    fn tear_down(&mut self) {
+        self.torn_down = true;
+        let _ = self.vmm.kill();
+    }
+
+    /// Reaps the VMM and writes how it ended.
+    fn end(&mut self) -> io::Result<Ended> {
+        let (status, usage) = sys::wait_with_usage(self.vmm.id())?;
+        if let Some(output) = &mut self.output {
+            drain(output, &mut self.log);
+        }
+        if let Some(console) = &mut self.console {
+            drain(console, &mut self.console_log);
+        }
+        let meaning = match (status.code(), status.signal()) {
+            _ if self.torn_down => Meaning::TornDown,
+            (Some(code), _) => Meaning::of_status(code),
+            (None, signal) => Meaning::Signalled(signal.unwrap_or(0)),
+        };
+        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let ended = Ended {
+            version: 1,
+            meaning,
+            at_ms: since_1970
+                .ok()
+                .and_then(|time| u64::try_from(time.as_millis()).ok())
+                .unwrap_or(0),
+            user_us: usage.user_us,
+            system_us: usage.system_us,
+            max_rss_kib: usage.max_rss_kib,
+            console: self.console_log.last_lines(QUOTED_LINES),
+            log: self.log.last_lines(QUOTED_LINES),
+        };
+        self.dir
+            .write_record(state::ENDED, &ended)
+            .map_err(io::Error::other)?;
+        Ok(ended)
+    }
+}
+
+struct Ready {
+    vmm: bool,
+    signal: bool,
+    output: bool,
+    console: bool,
+    owner: bool,
+}
+
+/// Copies what one read gives, and closes the source at its end.
+fn follow(source: &mut Option<impl Read>, log: &mut BoundedLog) {
+    if !source.as_mut().is_some_and(|source| copy_some(source, log)) {
+        *source = None;
+    }
+}
+
+/// Copies what one read gives; `false` at the end.
+fn copy_some(from: &mut impl Read, log: &mut BoundedLog) -> bool {
+    let mut buffer = [0u8; 16 * 1024];
+    match from.read(&mut buffer) {
+        Ok(count) if count > 0 => {
+            log.append(buffer.get(..count).unwrap_or_default());
+            true
+        }
+        _ => false,
+    }
+}
+
+/// Reads to the end, or for as long as somebody else could hold the other side open.
+fn drain(from: &mut (impl Read + AsFd), log: &mut BoundedLog) {
+    loop {
+        let mut set = PollSet::default();
+        let slot = set.readable(from.as_fd());
+        let readable = set
+            .wait(Some(Instant::now() + DRAIN))
+            .is_ok_and(|polled| polled.is_ready(slot));
+        if !readable || !copy_some(from, log) {
+            return;
+        }
+    }
+}
+
+/// Starts a supervisor: `program MODE dir vmm arguments…`. `program` is a binary that calls [`main`] in that mode.
+///
+/// # Errors
+/// `program` cannot be started.
+pub(crate) fn spawn(
+    program: &std::path::Path,
+    dir: &SandboxDir,
+    lock: std::fs::File,
+    vmm: &std::path::Path,
+    arguments: &[OsString],
+) -> io::Result<(Child, UnixStream)> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let child = Command::new(program)
+        .arg(MODE)
+        .arg(dir.path())
+        .arg(vmm)
+        .args(arguments)
+        .stdin(OwnedFd::from(theirs))
+        .stdout(lock)
+        .stderr(Stdio::null())
+        .spawn()?;
+    Ok((child, ours))
+}
+
+/// Asks the supervisor to follow the guest's console, which exists by now.
+pub(crate) fn attach_console(supervisor: &mut UnixStream) -> io::Result<()> {
+    supervisor.write_all(&[ATTACH_CONSOLE])
+}
