@@ -28,7 +28,7 @@ build: setup ## the release binaries
 kernel: setup ## the guest kernel
 	@kernel-config/build
 
-image: setup ## the guest image, empty disks and the initramfs with the agent
+image: build ## the guest image, empty disks and the initramfs with the agent
 	@rootfs/build
 
 rootfs: image

@@ -49,6 +49,14 @@ publish() {
 	mv "$1" "$2"
 }
 
+# link NAME PATH: the newest of each part, under the name by which `belljar` finds it.
+link() {
+	mkdir -p "$cache_root/assets"
+	[ "$(readlink "$cache_root/assets/$1")" = "$2" ] && return
+	ln -sf "$2" "$cache_root/assets/.$1.$$"
+	mv -T "$cache_root/assets/.$1.$$" "$cache_root/assets/$1"
+}
+
 # deb PACKAGE: path of its .deb in the cache, downloaded by apt if there is none.
 # A cached version is used until it is deleted, so that builds do not change by themselves.
 deb() {
