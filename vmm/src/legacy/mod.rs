@@ -4,7 +4,7 @@ mod boot_marker;
 mod pvpanic;
 mod reset;
 mod serial;
-mod sleep;
+pub mod sleep;
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ pub use boot_marker::BootMarker;
 pub use pvpanic::PvPanic;
 pub use reset::ResetController;
 pub use serial::{Serial, SerialInput};
-pub use sleep::{SLEEP_REGISTERS_LEN, SleepRegisters};
+pub use sleep::SleepRegisters;
 
 /// What a guest told the machine through one of these devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,17 +1,19 @@
 //! The sleep registers of hardware-reduced ACPI (ACPI 6.5 §4.8.3.7), and the FADT's reset
 //! register (§4.8.3.6) behind them.
 use super::{MachineEvent, MachineEvents};
-use crate::arch::x86_64::layout;
-use crate::arch::x86_64::platform::{RESET_VALUE, SLEEP_TYPE_POWER_OFF};
 use crate::bus::BusDevice;
 
-// Offsets from SLEEP_CONTROL, where the block starts.
-const CONTROL: u64 = 0;
-#[cfg(test)]
-pub(super) const STATUS: u64 = layout::SLEEP_STATUS - layout::SLEEP_CONTROL;
-pub(super) const RESET: u64 = layout::RESET_REGISTER - layout::SLEEP_CONTROL;
-/// Bytes in the block.
-pub const SLEEP_REGISTERS_LEN: u64 = 3;
+/// Offsets from the start of the block, for the FADT.
+pub const SLEEP_CONTROL: u64 = 0;
+pub const SLEEP_STATUS: u64 = 1;
+pub const RESET: u64 = 2;
+/// Length of the block in bytes.
+pub const LEN: u64 = 3;
+
+/// What the FADT's RESET_VALUE must say.
+pub const RESET_VALUE: u8 = 1;
+/// SLP_TYPx of S5, which the DSDT's `_S5` must name.
+pub const S5_SLEEP_TYPE: u8 = 5;
 
 const SLEEP_ENABLE: u8 = 1 << 5;
 const SLEEP_TYPE_SHIFT: u8 = 2;
@@ -29,9 +31,9 @@ impl SleepRegisters {
 
     fn write_byte(&self, offset: u64, value: u8) {
         match offset {
-            CONTROL => {
+            SLEEP_CONTROL => {
                 let sleep_type = (value >> SLEEP_TYPE_SHIFT) & SLEEP_TYPE_MASK;
-                if value & SLEEP_ENABLE != 0 && sleep_type == SLEEP_TYPE_POWER_OFF {
+                if value & SLEEP_ENABLE != 0 && sleep_type == S5_SLEEP_TYPE {
                     (self.events)(MachineEvent::PowerOff);
                 }
             }

@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex};
 use proptest::prelude::*;
 
 use super::*;
-use crate::arch::x86_64::platform::RESET_VALUE;
 use crate::bus::BusDevice;
 use crate::virtio::device::InterruptLine;
 
@@ -43,14 +42,14 @@ fn s5_powers_off_and_other_sleep_types_do_nothing() {
     let (log, sink) = events();
     let mut registers = SleepRegisters::new(sink);
     for value in 0..=u8::MAX {
-        registers.write(0, &[value]);
+        registers.write(sleep::SLEEP_CONTROL, &[value]);
         let s5 = value & 0x20 != 0 && (value >> 2) & 7 == 5;
         assert_eq!(log.take(), vec![MachineEvent::PowerOff; usize::from(s5)]);
     }
-    registers.write(sleep::STATUS, &[0x80]);
+    registers.write(sleep::SLEEP_STATUS, &[0x80]);
     assert_eq!(log.take(), []);
     let mut status = [0xff];
-    registers.read(sleep::STATUS, &mut status);
+    registers.read(sleep::SLEEP_STATUS, &mut status);
     assert_eq!(status, [0], "WAK_STS is never set");
 }
 
@@ -59,7 +58,7 @@ fn both_resets_reset() {
     let (log, sink) = events();
     let mut registers = SleepRegisters::new(sink.clone());
     registers.write(sleep::RESET, &[0]);
-    registers.write(sleep::RESET, &[RESET_VALUE]);
+    registers.write(sleep::RESET, &[sleep::RESET_VALUE]);
     assert_eq!(log.take(), [MachineEvent::Reset]);
 
     let mut i8042 = ResetController::new(sink);
