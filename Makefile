@@ -19,6 +19,12 @@ test: ## format, lint, unit tests, end-to-end tests in real guests
 bench: setup ## measure boot, vsock, block and memory on the instruction-counted clock
 	@scripts/bench
 
+soak: setup ## end-to-end tests again and again: make soak SECONDS=3600
+	@scripts/soak $(or $(SECONDS),3600)
+
+fuzz: setup ## property tests with many more cases than `make test` takes: make fuzz CASES=20000
+	PROPTEST_CASES=$(or $(CASES),20000) cargo test --release --workspace
+
 verify-hw: ## the same tests on hardware virtualisation, and which CPU it was
 	@scripts/verify-hw
 
@@ -31,7 +37,7 @@ kernel: setup ## the guest kernel
 image: build ## the guest image, empty disks and the initramfs with the agent
 	@rootfs/build
 
-rootfs: image
+rootfs: image ## the same
 
 setup: ## check for, and as root install, what building and testing needs
 	@scripts/setup
