@@ -402,6 +402,11 @@ impl<S: Stream> Exec<S> {
         &self.info
     }
 
+    /// The stream below.
+    pub const fn get_ref(&self) -> &S {
+        self.connection.get_ref()
+    }
+
     /// Process id in the guest.
     pub const fn pid(&self) -> u32 {
         self.pid

@@ -1,0 +1,36 @@
+//! The end of the guest: everything written is on its drive before the power goes.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use rustix::mount::{MountFlags, mount_remount};
+use rustix::system::RebootCommand;
+
+use crate::log;
+use crate::server::Ended;
+
+/// Writes everything out, makes the drive's file system clean and ends the guest. No process but
+/// this one is left, or it did not go when killed.
+pub(crate) fn end_guest(ended: Ended, disk: Option<&OwnedFd>) -> ! {
+    rustix::fs::sync();
+    // The root cannot be unmounted while this process is in it; read-only it is as clean. It comes
+    // first: as long as it can be written, so must be the drive below.
+    if let Some(disk) = disk {
+        remount_read_only("/");
+        remount_read_only(&format!("/proc/self/fd/{}", disk.as_raw_fd()));
+    }
+    let command = match ended {
+        Ended::PowerOff => RebootCommand::PowerOff,
+        Ended::Reboot => RebootCommand::Restart,
+    };
+    loop {
+        let error = rustix::system::reboot(command);
+        log!("{ended:?} failed: {error:?}");
+        std::thread::sleep(std::time::Duration::from_secs(1));
+    }
+}
+
+fn remount_read_only(path: &str) {
+    if let Err(error) = mount_remount(path, MountFlags::RDONLY, c"") {
+        log!("cannot make {path} read-only: {error}");
+    }
+}

@@ -1,0 +1,187 @@
+//! System calls that rustix does not offer: the only module with `unsafe`.
+
+use std::ffi::{CStr, CString};
+use std::io;
+use std::mem::{MaybeUninit, size_of, zeroed};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr;
+
+use libc::{c_char, c_int, c_void};
+
+pub(crate) mod spawn;
+
+/// The C entry point. Rust's own would abort where descriptors 0 to 2 are closed and `/dev/null`
+/// does not exist, which is how PID 1 of some initramfs starts.
+#[cfg(not(test))]
+// SAFETY: the one definition of `main` in this program, with the signature that the C runtime calls.
+#[unsafe(no_mangle)]
+pub(crate) extern "C" fn main(_argc: c_int, _argv: *const *const c_char) -> c_int {
+    crate::start()
+}
+
+fn check(result: c_int) -> io::Result<c_int> {
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(result)
+}
+
+fn owned(result: c_int) -> io::Result<OwnedFd> {
+    let fd = check(result)?;
+    // SAFETY: a successful call has just made this descriptor, and nothing else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Blocks every signal, and gives SIGPIPE its default action back, so that programs started from
+/// here get it. Blocked as it is, it does nothing to this process.
+pub(crate) fn block_signals() -> io::Result<()> {
+    // SAFETY: plain calls on a set that lives on this stack frame.
+    unsafe {
+        let mut all = MaybeUninit::<libc::sigset_t>::uninit();
+        libc::sigfillset(all.as_mut_ptr());
+        check(libc::sigprocmask(
+            libc::SIG_SETMASK,
+            all.as_ptr(),
+            ptr::null_mut(),
+        ))?;
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+    }
+    Ok(())
+}
+
+/// A descriptor that is readable when SIGCHLD is pending.
+pub(crate) fn child_signals() -> io::Result<OwnedFd> {
+    // SAFETY: plain calls on a set that lives on this stack frame.
+    unsafe {
+        let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+        libc::sigemptyset(set.as_mut_ptr());
+        libc::sigaddset(set.as_mut_ptr(), libc::SIGCHLD);
+        owned(libc::signalfd(
+            -1,
+            set.as_ptr(),
+            libc::SFD_CLOEXEC | libc::SFD_NONBLOCK,
+        ))
+    }
+}
+
+/// Sends a signal to every process but this one. Does nothing unless this is PID 1, whose guest
+/// is all it can reach.
+pub(crate) fn kill_everything(signal: c_int) {
+    // SAFETY: plain calls with numbers only.
+    unsafe {
+        if libc::getpid() == 1 {
+            libc::kill(-1, signal);
+        }
+    }
+}
+
+/// Replaces this process by its own program, `/proc/self/exe`. Returns only on failure.
+pub(crate) fn run_again(arguments: &[&CStr]) -> io::Error {
+    let mut argv: Vec<*const c_char> = arguments.iter().map(|argument| argument.as_ptr()).collect();
+    argv.push(ptr::null());
+    let environment = [ptr::null::<c_char>()];
+    // SAFETY: both arrays end with a null pointer and, like the strings, outlive the call.
+    unsafe {
+        libc::execve(
+            c"/proc/self/exe".as_ptr(),
+            argv.as_ptr(),
+            environment.as_ptr(),
+        )
+    };
+    io::Error::last_os_error()
+}
+
+fn vsock_address(cid: u32, port: u32) -> libc::sockaddr_vm {
+    // SAFETY: all zeroes is a valid value of this plain structure.
+    let mut address: libc::sockaddr_vm = unsafe { zeroed() };
+    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_cid = cid;
+    address.svm_port = port;
+    address
+}
+
+fn vsock_socket() -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: a plain call.
+    owned(unsafe { libc::socket(libc::AF_VSOCK, kind, 0) })
+}
+
+/// Listens on a vsock port of any local CID; non-blocking.
+pub(crate) fn vsock_listen(port: u32, backlog: c_int) -> io::Result<OwnedFd> {
+    let socket = vsock_socket()?;
+    let address = vsock_address(libc::VMADDR_CID_ANY, port);
+    // SAFETY: `address` outlives the call and its size is given.
+    check(unsafe {
+        libc::bind(
+            socket.as_raw_fd(),
+            (&raw const address).cast(),
+            size_of::<libc::sockaddr_vm>() as libc::socklen_t,
+        )
+    })?;
+    // SAFETY: a plain call.
+    check(unsafe { libc::listen(socket.as_raw_fd(), backlog) })?;
+    Ok(socket)
+}
+
+/// Begins to connect to a vsock port; the socket is writable, or in error, when that is done.
+pub(crate) fn vsock_connect(cid: u32, port: u32) -> io::Result<OwnedFd> {
+    let socket = vsock_socket()?;
+    let address = vsock_address(cid, port);
+    // SAFETY: `address` outlives the call and its size is given.
+    let result = check(unsafe {
+        libc::connect(
+            socket.as_raw_fd(),
+            (&raw const address).cast(),
+            size_of::<libc::sockaddr_vm>() as libc::socklen_t,
+        )
+    });
+    match result {
+        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
+        _ => Ok(socket),
+    }
+}
+
+/// Takes a connection, non-blocking. The number is the peer's CID, for vsock sockets.
+pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, Option<u32>)> {
+    // SAFETY: all zeroes is a valid value of this plain structure.
+    let mut address: libc::sockaddr_storage = unsafe { zeroed() };
+    let mut length = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
+    // SAFETY: `address` has room for `length` bytes and both outlive the call.
+    let socket = owned(unsafe {
+        libc::accept4(
+            listener.as_raw_fd(),
+            (&raw mut address).cast(),
+            &raw mut length,
+            libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
+        )
+    })?;
+    let is_vsock = c_int::from(address.ss_family) == libc::AF_VSOCK
+        && length as usize >= size_of::<libc::sockaddr_vm>();
+    // SAFETY: the kernel has filled in a sockaddr_vm, which is smaller than and not more aligned
+    // than sockaddr_storage.
+    let peer =
+        is_vsock.then(|| unsafe { (*(&raw const address).cast::<libc::sockaddr_vm>()).svm_cid });
+    Ok((socket, peer))
+}
+
+/// Brings the loopback interface up.
+pub(crate) fn loopback_up() -> io::Result<()> {
+    let kind = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC;
+    // SAFETY: a plain call.
+    let socket = owned(unsafe { libc::socket(libc::AF_INET, kind, 0) })?;
+    // SAFETY: all zeroes is a valid value of this plain structure.
+    let mut request: libc::ifreq = unsafe { zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = *from as c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as i16;
+    // SAFETY: SIOCSIFFLAGS reads a whole ifreq, which outlives the call.
+    check(unsafe {
+        libc::ioctl(
+            socket.as_raw_fd(),
+            libc::SIOCSIFFLAGS as _,
+            &raw const request,
+        )
+    })?;
+    Ok(())
+}

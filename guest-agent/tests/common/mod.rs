@@ -1,0 +1,177 @@
+//! An agent on a Unix socket, and calls to it.
+
+use std::fs;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use belljar_protocol::client::{self, CallError, Exec};
+use belljar_protocol::v1;
+use belljar_protocol::v1::end::How;
+
+/// Far more than anything here takes; a test that hits it has found a hang.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+pub fn soon() -> Option<Instant> {
+    Some(Instant::now() + PATIENCE)
+}
+
+pub struct Agent {
+    process: Child,
+    path: PathBuf,
+    cgroup: Option<PathBuf>,
+    _folder: tempfile::TempDir,
+}
+
+impl Agent {
+    pub fn start() -> Self {
+        Self::start_in(None)
+    }
+
+    /// With a cgroup of its own for its programs, where this machine lets us; `None` elsewhere.
+    pub fn start_with_cgroups() -> Option<Self> {
+        let root = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
+            .into_iter()
+            .find(|root| Path::new(root).join("cgroup.controllers").exists())?;
+        let name = format!("belljar-test-{}-{:?}", std::process::id(), Instant::now());
+        let name: String = name.chars().filter(char::is_ascii_alphanumeric).collect();
+        let cgroup = Path::new(root).join(name);
+        fs::create_dir(&cgroup).ok()?;
+        Some(Self::start_in(Some(cgroup)))
+    }
+
+    fn start_in(cgroup: Option<PathBuf>) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("agent");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_belljar-agent"));
+        command.arg("--serve-unix").arg(&path).stdin(Stdio::null());
+        if let Some(cgroup) = &cgroup {
+            command.arg("--cgroup").arg(cgroup);
+        }
+        let process = command.spawn().unwrap();
+        let agent = Self {
+            process,
+            path,
+            cgroup,
+            _folder: folder,
+        };
+        wait_until("the agent listens", || {
+            UnixStream::connect(&agent.path).is_ok()
+        });
+        agent
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    pub fn connect(&self) -> UnixStream {
+        UnixStream::connect(&self.path).unwrap()
+    }
+
+    pub fn exec(&self, exec: v1::Exec) -> Result<Exec<UnixStream>, CallError> {
+        Exec::start(self.connect(), exec, soon())
+    }
+
+    /// Runs to the end: stdout, stderr, end.
+    pub fn run(&self, exec: v1::Exec) -> (Vec<u8>, Vec<u8>, How) {
+        self.exec(exec).unwrap().finish(1 << 30, soon()).unwrap()
+    }
+
+    pub fn is_alive(&self) -> bool {
+        client::ping(self.connect(), soon()).is_ok()
+    }
+
+    pub fn open_descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.pid()))
+            .unwrap()
+            .count()
+    }
+
+    /// Open descriptors once those of ended calls are closed.
+    pub fn settled_descriptors(&self) -> usize {
+        let mut before = self.open_descriptors();
+        wait_until("the descriptors settle", || {
+            std::thread::sleep(Duration::from_millis(50));
+            let now = self.open_descriptors();
+            std::mem::replace(&mut before, now) == now
+        });
+        before
+    }
+
+    pub fn children(&self) -> Vec<String> {
+        let pid = self.pid();
+        let path = format!("/proc/{pid}/task/{pid}/children");
+        let text = fs::read_to_string(path).unwrap();
+        text.split_whitespace().map(str::to_owned).collect()
+    }
+
+    pub fn resident_kib(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status
+            .lines()
+            .find(|line| line.starts_with("VmRSS:"))
+            .unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+
+    /// Waits for the agent to end by itself.
+    pub fn wait(&mut self) -> std::process::ExitStatus {
+        self.process.wait().unwrap()
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        if let Some(cgroup) = &self.cgroup {
+            let _ = fs::write(cgroup.join("cgroup.kill"), "1");
+            remove_cgroup(cgroup);
+        }
+    }
+}
+
+fn remove_cgroup(cgroup: &Path) {
+    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
+        if entry.path().is_dir() {
+            remove_cgroup(&entry.path());
+        }
+    }
+    for _ in 0..100 {
+        if fs::remove_dir(cgroup).is_ok() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+pub fn argv(words: &[&str]) -> v1::Exec {
+    v1::Exec {
+        argv: words.iter().map(|word| word.as_bytes().to_vec()).collect(),
+        ..Default::default()
+    }
+}
+
+pub fn sh(script: &str) -> v1::Exec {
+    argv(&["sh", "-c", script])
+}
+
+pub fn exited(code: u32) -> How {
+    How::Exited(v1::Exited { code })
+}
+
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < PATIENCE, "waited in vain until {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Whether a process exists and is no zombie.
+pub fn is_running(pid: u32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat"))
+        .is_ok_and(|stat| !stat.rsplit(')').next().unwrap_or("").starts_with(" Z"))
+}
