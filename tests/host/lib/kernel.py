@@ -10,11 +10,13 @@ import lzma
 import os
 import re
 import shutil
-import stat
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[3] / "rootfs"))
+import newc  # noqa: E402
 
 # 6.12 and nothing older: 6.1 restores snapshots five times slower in the same test.
 PACKAGE_PATTERN = r"^linux-image-6\.12\.[0-9].*-cloud-amd64-unsigned$"
@@ -123,31 +125,16 @@ def early_modules(kernel: HostKernel) -> list[Path]:
     return [kernel.modules / path for path in order]
 
 
-def cpio(entries: dict[str, tuple[int, bytes]]) -> bytes:
-    """A newc archive of {path: (mode, content)}; see the kernel's driver-api/early-userspace/buffer-format."""
-    archive = bytearray()
-    for inode, (name, (mode, content)) in enumerate([*entries.items(), ("TRAILER!!!", (0, b""))], start=1):
-        encoded = name.encode() + b"\0"
-        fields = [inode, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(encoded), 0]
-        archive += b"070701" + b"".join(b"%08x" % field for field in fields) + encoded
-        archive += b"\0" * (-len(archive) % 4) + content
-        archive += b"\0" * (-len(archive) % 4)
-    return bytes(archive)
-
-
 def initramfs(kernel: HostKernel, job: dict[str, bytes]) -> bytes:
     """The first file system of the emulated host: busybox, early modules, and the job's files under /job."""
     busybox = shutil.which("busybox")
     if busybox is None:
         raise HostError("busybox is missing\n  remedy: apt-get install busybox-static")
-    here = Path(__file__).resolve().parent.parent
-    directory, program, plain = stat.S_IFDIR | 0o755, stat.S_IFREG | 0o755, stat.S_IFREG | 0o644
-    entries = {name: (directory, b"") for name in ("bin", "dev", "proc", "sys", "modules", "job", "lower", "upper", "tree")}
-    entries["bin/busybox"] = (program, Path(busybox).read_bytes())
-    entries["init"] = (program, (here / "init").read_bytes())
-    entries["serve"] = (program, (here / "serve").read_bytes())
+    own = Path(__file__).resolve().parent.parent
+    entries = [newc.directory(name) for name in ("bin", "dev", "proc", "sys", "modules", "job", "lower", "upper", "tree")]
+    entries.append(newc.file("bin/busybox", Path(busybox).read_bytes(), 0o755))
+    entries += [newc.file(name, (own / name).read_bytes(), 0o755) for name in ("init", "serve")]
     for position, module in enumerate(early_modules(kernel)):
-        entries[f"modules/{position:02}-{module.name}"] = (plain, module.read_bytes())
-    for name, content in job.items():
-        entries[f"job/{name}"] = (plain, content)
-    return cpio(entries)
+        entries.append(newc.file(f"modules/{position:02}-{module.name}", module.read_bytes()))
+    entries += [newc.file(f"job/{name}", content) for name, content in job.items()]
+    return newc.archive(entries)
