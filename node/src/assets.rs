@@ -61,7 +61,7 @@ impl AssetError {
                 "run 'make image', or use --disk none".to_owned()
             }
             Self::NoDiskOfSize { .. } => {
-                "use one of these sizes with --disk, or install e2fsprogs so that others can be made"
+                "use one of these sizes with --disk, or make others with 'rootfs/disk SIZE'"
                     .to_owned()
             }
             Self::NoHome => format!("set {ASSETS_VARIABLE} or give --assets DIR"),

@@ -11,7 +11,7 @@ use std::ffi::OsString;
 use std::io::{self, PipeReader, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
@@ -29,6 +29,8 @@ pub use protocol::{ATTACH_CONSOLE, Event};
 
 /// First argument of the hidden mode: `belljar __supervise DIR PROGRAM ARGUMENTS…`.
 pub const MODE: &str = "__supervise";
+/// Its name in lists of processes.
+const NAME: &str = "belljar-supervisor";
 /// Bytes of each log file; at most two of each are kept.
 const LOG_LIMIT: u64 = 512 * 1024;
 /// Lines quoted in the record of the end.
@@ -51,6 +53,7 @@ pub fn main(mut arguments: impl Iterator<Item = OsString>) -> u8 {
     if std::env::set_current_dir(dir.path()).is_err() {
         return 1;
     }
+    let _ = rustix::thread::set_name(c"belljar-superv");
     // Ctrl-C in the owner's terminal is for the guest.
     let _ = rustix::process::setsid();
     let outcome = Supervisor::start(dir.clone(), &program, arguments.collect())
@@ -285,6 +288,7 @@ pub(crate) fn spawn(
 ) -> io::Result<(Child, UnixStream)> {
     let (ours, theirs) = UnixStream::pair()?;
     let child = Command::new(program)
+        .arg0(NAME)
         .arg(MODE)
         .arg(dir.path())
         .arg(vmm)

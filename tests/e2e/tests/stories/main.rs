@@ -1,0 +1,12 @@
+//! Stories of users at the command line, with real guests.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+mod crashes;
+mod doctor;
+mod failures;
+mod run;
