@@ -8,8 +8,8 @@ use rustix::net::SendFlags;
 
 use super::Scrollback;
 
-/// Bytes per write where a write could wait: what a pipe or terminal that polls writable takes.
-const SMALL: usize = 256;
+/// Bytes that a pipe which polls writable takes for certain; other files promise one byte.
+const PIPE_WRITE: usize = 256;
 
 /// One reader of a [`Scrollback`].
 pub struct Sink {
@@ -29,8 +29,9 @@ enum Kind {
     Socket,
     /// A regular file, or an open file description with O_NONBLOCK.
     Direct,
-    /// A pipe or terminal we share with others, whose flags are not ours to change.
-    Polled,
+    /// A pipe or terminal we share with others, whose flags are not ours to change. Writes of so
+    /// many bytes do not wait once it polls writable.
+    Polled(usize),
 }
 
 /// How far a sink is behind.
@@ -51,7 +52,8 @@ impl Sink {
         let (fd, kind) = match file_type {
             FileType::Socket => (fd, Kind::Socket),
             FileType::RegularFile => (fd, Kind::Direct),
-            _ => nonblocking(fd)?,
+            FileType::Fifo => nonblocking(fd, PIPE_WRITE)?,
+            _ => nonblocking(fd, 1)?,
         };
         Ok(Self {
             fd,
@@ -110,7 +112,7 @@ impl Sink {
                 rustix::net::send(&self.fd, data, flags)
             }
             Kind::Direct => rustix::io::write(&self.fd, data),
-            Kind::Polled => {
+            Kind::Polled(most) => {
                 let mut fds = [PollFd::new(&self.fd, PollFlags::OUT)];
                 let now = Timespec {
                     tv_sec: 0,
@@ -119,14 +121,15 @@ impl Sink {
                 if poll(&mut fds, Some(&now))? == 0 {
                     return Err(rustix::io::Errno::AGAIN);
                 }
-                let small = data.get(..data.len().min(SMALL)).unwrap_or_default();
+                let small = data.get(..data.len().min(most)).unwrap_or_default();
                 rustix::io::write(&self.fd, small)
             }
         }
     }
 }
 
-fn nonblocking(fd: OwnedFd) -> io::Result<(OwnedFd, Kind)> {
+/// A way to write to `fd` without waiting; `most` as in [`Kind::Polled`].
+fn nonblocking(fd: OwnedFd, most: usize) -> io::Result<(OwnedFd, Kind)> {
     if rustix::fs::fcntl_getfl(&fd)?.contains(OFlags::NONBLOCK) {
         return Ok((fd, Kind::Direct));
     }
@@ -136,7 +139,7 @@ fn nonblocking(fd: OwnedFd) -> io::Result<(OwnedFd, Kind)> {
     let own = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     match rustix::fs::open(path, own, Mode::empty()) {
         Ok(reopened) => Ok((reopened, Kind::Direct)),
-        Err(_) => Ok((fd, Kind::Polled)),
+        Err(_) => Ok((fd, Kind::Polled(most))),
     }
 }
 
@@ -179,7 +182,7 @@ mod tests {
         let (socket, socket_reader) = UnixStream::pair().unwrap();
         let (pipe_reader, pipe) = rustix::pipe::pipe().unwrap();
         let polled = Sink {
-            kind: Kind::Polled,
+            kind: Kind::Polled(PIPE_WRITE),
             ..Sink::new(pipe.try_clone().unwrap(), 0, u64::MAX).unwrap()
         };
         let blocking_pipe = Sink { fd: pipe, ..polled };

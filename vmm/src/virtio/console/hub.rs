@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, SocketFlags};
 
 use super::ConsoleConfig;
-use crate::backend::output::{Progress, Scrollback, Sink};
+use crate::backend::output::{Progress, Scrollback, Sink, printable};
 
 /// Clients of the socket at a time.
 const MAX_CLIENTS: usize = 8;
@@ -58,6 +58,14 @@ impl ConsoleHandle {
     /// The last `lines` lines the guest wrote, at most `max` bytes.
     pub fn tail(&self, lines: usize, max: usize) -> Vec<u8> {
         self.lock().scrollback.tail(lines, max)
+    }
+
+    /// The same for logs and error messages, without anything that controls a terminal. Each
+    /// line begins with `| `, so that none looks like the VMM's own.
+    pub fn tail_text(&self, lines: usize, max: usize) -> String {
+        let tail = printable(&self.tail(lines, max));
+        let lines: Vec<String> = tail.lines().map(|line| format!("| {line}")).collect();
+        lines.join("\n")
     }
 
     /// Adds the VMM's own words to the output, as if the guest had written them.

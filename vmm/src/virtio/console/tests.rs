@@ -2,6 +2,8 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
+use proptest::prelude::*;
+
 use super::device::MAX_WRITE;
 use super::hub::INPUT;
 use super::{Console, ConsoleConfig, ConsoleHandle};
@@ -92,6 +94,10 @@ fn output_goes_to_the_output_the_tail_and_late_clients() {
     bench.print(b"Linux version\n");
     bench.print(b"agent: ready\n");
     assert_eq!(bench.handle.tail(1, 1024), b"agent: ready\n");
+    assert_eq!(
+        bench.handle.tail_text(5, 1024),
+        "| Linux version\n| agent: ready"
+    );
     let mut copy = String::new();
     file.read_to_string(&mut copy).unwrap();
     assert_eq!(copy, "Linux version\nagent: ready\n");
@@ -285,6 +291,105 @@ fn reset_forgets_input_and_keeps_the_scrollback() {
     assert_eq!(bench.h.take_used(RX), [(0, 3)]);
     assert_eq!(bench.h.bytes(buffer, 3), b"new");
     assert_eq!(bench.handle.tail(9, 99), b"before\n");
+}
+
+/// What clients and the guest do to each other, in any order.
+#[derive(Clone, Debug)]
+enum Step {
+    Connect,
+    Type(usize, usize),
+    Read(usize),
+    ShutDown(usize, bool),
+    Leave(usize),
+    Print(usize),
+    OfferBuffer,
+    Reset,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let client = 0usize..10;
+    prop_oneof![
+        3 => Just(Step::Connect),
+        4 => (client.clone(), 1usize..9000).prop_map(|(at, len)| Step::Type(at, len)),
+        3 => client.clone().prop_map(Step::Read),
+        2 => (client.clone(), any::<bool>()).prop_map(|(at, both)| Step::ShutDown(at, both)),
+        2 => client.prop_map(Step::Leave),
+        4 => (1usize..60_000).prop_map(Step::Print),
+        4 => Just(Step::OfferBuffer),
+        1 => Just(Step::Reset),
+    ]
+}
+
+impl Bench {
+    fn play(&mut self, clients: &mut Vec<UnixStream>, step: &Step) {
+        match step {
+            Step::Connect if clients.len() < 10 => {
+                let client = self.connect();
+                client.set_nonblocking(true).unwrap();
+                clients.push(client);
+            }
+            Step::Type(at, len) => {
+                if let Some(client) = clients.get_mut(*at) {
+                    // Refused, shut down, or the guest does not read: all are fine here.
+                    let _ = client.write(&vec![b't'; *len]);
+                }
+            }
+            Step::Read(at) => {
+                if let Some(client) = clients.get_mut(*at) {
+                    let _ = client.read(&mut [0; 100_000]);
+                }
+            }
+            Step::ShutDown(at, both) => {
+                if let Some(client) = clients.get_mut(*at) {
+                    let how = if *both {
+                        std::net::Shutdown::Both
+                    } else {
+                        std::net::Shutdown::Write
+                    };
+                    let _ = client.shutdown(how);
+                }
+            }
+            Step::Leave(at) if *at < clients.len() => {
+                clients.remove(*at);
+            }
+            Step::Print(len) => self.print(&vec![b'p'; *len]),
+            Step::OfferBuffer => {
+                self.h.push(RX, &[Buffer::writable(self.page, 512)]);
+                self.h.kick(RX).unwrap();
+                self.h.take_used(RX);
+            }
+            Step::Reset => {
+                self.h.reset();
+                self.h.activate(self.h.device.features());
+            }
+            Step::Connect | Step::Leave(_) => {}
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    /// Level-triggered descriptors always come to rest, and bounds hold.
+    #[test]
+    fn no_order_of_events_spins_or_grows(steps in prop::collection::vec(step(), 1..60)) {
+        let (_pipe_reader, pipe) = rustix::pipe::pipe().unwrap();
+        let mut bench = Bench::new(ConsoleConfig {
+            scrollback: 16 << 10,
+            output: Some(pipe),
+            ..ConsoleConfig::default()
+        });
+        let mut clients = Vec::new();
+        for step in &steps {
+            bench.play(&mut clients, step);
+            bench.settle();
+            let stats = bench.handle.stats();
+            prop_assert!(stats.clients <= 8);
+            prop_assert!(bench.handle.lock().input.len() <= INPUT);
+        }
+        clients.clear();
+        bench.settle();
+        prop_assert_eq!(bench.handle.stats().clients, 0);
+    }
 }
 
 #[test]
