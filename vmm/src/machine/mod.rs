@@ -1,1 +1,11 @@
-//! See docs/architecture.md.
+//! The only module that sees all the others: builds the guest, runs the event loop, carries
+//! out what the API asks for, and decides how the process ends.
+mod assemble;
+mod ending;
+mod events;
+mod guest;
+mod run;
+mod signals;
+
+pub use ending::Ending;
+pub use run::main;

@@ -4,6 +4,7 @@
 //! Queue registers can be set only between FEATURES_OK and DRIVER_OK, and a queue works only
 //! after it was found valid: a driver that moves a queue under a working device was the way
 //! out of a peer's sandbox.
+use std::any::Any;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_config::{
@@ -116,8 +117,21 @@ impl Transport {
         self.device.host_events()
     }
 
-    /// Calls into the device with what it needs while it is active; `None` while it is not.
-    pub fn with_device<D: 'static, R>(
+    /// Calls a method that only devices of type `D` have, with what it needs while the device
+    /// is active (`None` while it is not). `None` if this is no `D`, or if the call failed and
+    /// the device now needs a reset.
+    pub fn with<D: VirtioDevice, R>(
+        &mut self,
+        call: impl FnOnce(&mut D, Option<&mut DeviceIo<'_>>) -> Result<R, DeviceError>,
+    ) -> Option<R> {
+        self.with_device(|device, io| {
+            let device: &mut dyn Any = device;
+            device.downcast_mut::<D>().map(|d| call(d, io)).transpose()
+        })
+        .flatten()
+    }
+
+    fn with_device<R>(
         &mut self,
         call: impl FnOnce(&mut dyn VirtioDevice, Option<&mut DeviceIo<'_>>) -> Result<R, DeviceError>,
     ) -> Option<R> {
@@ -127,8 +141,7 @@ impl Transport {
             queues: &mut self.queues,
             irq: &self.irq,
         };
-        let result = call(self.device.as_mut(), active.then_some(&mut io));
-        match result {
+        match call(self.device.as_mut(), active.then_some(&mut io)) {
             Ok(value) => Some(value),
             Err(error) => {
                 self.fail(&error);
@@ -147,7 +160,7 @@ impl Transport {
 
     /// A host descriptor of the device is readable.
     pub fn host_ready(&mut self, token: u16) {
-        self.with_device::<(), ()>(|device, io| device.host_ready(io, token));
+        self.with_device(|device, io| device.host_ready(io, token));
     }
 
     /// Before pause: nothing of the device is in flight afterwards.
@@ -170,7 +183,7 @@ impl Transport {
         &mut self,
         call: impl FnOnce(&mut dyn VirtioDevice, &mut DeviceIo<'_>) -> Result<(), DeviceError>,
     ) {
-        self.with_device::<(), ()>(|device, io| io.map_or(Ok(()), |io| call(device, io)));
+        self.with_device(|device, io| io.map_or(Ok(()), |io| call(device, io)));
     }
 
     /// §2.1.2: the device is in a state from which only a reset helps.
@@ -283,13 +296,11 @@ impl Transport {
             // A bit was taken away without a reset, or the driver has given up.
             return;
         }
-        let before = self.status;
+        let was = self.status;
         for bit in [ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK] {
-            let lower = (bit - 1) & (ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
-            if added & bit == 0 || self.status & lower_order(bit) != lower_order(bit) {
+            if added & bit == 0 || self.status & before(bit) != before(bit) {
                 continue;
             }
-            debug_assert!(lower <= known);
             match bit {
                 FEATURES_OK => self.accept_features(),
                 DRIVER_OK => self.activate(),
@@ -299,7 +310,7 @@ impl Transport {
         self.status |= added & FAILED;
         if added & FAILED != 0 {
             crate::log::warn!(
-                "{}: the driver gave up in status {before:#x}",
+                "{}: the driver gave up in status {was:#x}",
                 self.device.name()
             );
         }
@@ -349,7 +360,7 @@ impl Transport {
 }
 
 /// The status bits that must be there before `bit` may be set.
-fn lower_order(bit: u32) -> u32 {
+fn before(bit: u32) -> u32 {
     match bit {
         DRIVER => ACKNOWLEDGE,
         FEATURES_OK => ACKNOWLEDGE | DRIVER,

@@ -5,6 +5,7 @@ pub mod blk;
 pub mod chain;
 pub mod console;
 pub mod device;
+pub mod mmio;
 pub mod rng;
 #[cfg(test)]
 pub mod testing;

@@ -12,7 +12,7 @@ use acpi_tables::{Aml, AmlSink, aml};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::layout;
-use super::platform::{RESET_VALUE, SLEEP_TYPE_POWER_OFF};
+use crate::legacy::sleep;
 use crate::memory::GuestRam;
 
 const OEM_ID: [u8; 6] = *b"BELJAR";
@@ -113,10 +113,10 @@ fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
     fadt.iapc_boot_arch = BOOT_ARCH.into();
-    fadt.reset_reg = byte_at(layout::RESET_REGISTER);
-    fadt.reset_value = RESET_VALUE;
-    fadt.sleep_control_reg = byte_at(layout::SLEEP_CONTROL);
-    fadt.sleep_status_reg = byte_at(layout::SLEEP_STATUS);
+    fadt.reset_reg = byte_at(layout::SLEEP_REGISTERS + sleep::RESET);
+    fadt.reset_value = sleep::RESET_VALUE;
+    fadt.sleep_control_reg = byte_at(layout::SLEEP_REGISTERS + sleep::SLEEP_CONTROL);
+    fadt.sleep_status_reg = byte_at(layout::SLEEP_REGISTERS + sleep::SLEEP_STATUS);
     fadt.finalize()
 }
 
@@ -155,7 +155,7 @@ fn dsdt(cpus: u8, devices: &[MmioDevice]) -> Vec<u8> {
     // \_S5: soft off, by the value that the sleep control register takes (ACPI 6.5 §7.4.2.5).
     add(&aml::Name::new(
         "_S5_".into(),
-        &aml::Package::new(vec![&SLEEP_TYPE_POWER_OFF]),
+        &aml::Package::new(vec![&sleep::S5_SLEEP_TYPE]),
     ));
     sdt.as_slice().to_vec()
 }

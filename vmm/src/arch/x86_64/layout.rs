@@ -4,7 +4,7 @@
 //! 0x0000_0000  RAM: boot structures below 640 KiB, ACPI at 0xe0000, kernel from 1 MiB
 //! 0xc000_0000  hole: nothing                       (RAM ends here at the latest)
 //! 0xd000_0000  virtio-mmio windows, one page each
-//! 0xd010_0000  platform page: pvpanic, sleep registers, event device, boot marker
+//! 0xd010_0000  platform registers: pvpanic, sleep and reset
 //! 0xfec0_0000  IOAPIC          0xfee0_0000  local APICs
 //! 0xfffb_c000  KVM's identity map and TSS pages (Intel)
 //! 0x1_0000_0000  the rest of RAM
@@ -50,11 +50,8 @@ pub const EVENT_DEVICE_GSI: u32 = 23;
 /// Platform registers: one page, see the offsets.
 pub const PLATFORM_START: u64 = 0xd010_0000;
 pub const PVPANIC: u64 = PLATFORM_START;
-pub const SLEEP_CONTROL: u64 = PLATFORM_START + 0x10;
-pub const SLEEP_STATUS: u64 = PLATFORM_START + 0x11;
-pub const RESET_REGISTER: u64 = PLATFORM_START + 0x12;
-pub const EVENT_DEVICE: u64 = PLATFORM_START + 0x20;
-pub const PLATFORM_LEN: u64 = 0x1000;
+/// Sleep control, sleep status and reset registers, in the order of `legacy::sleep`.
+pub const SLEEP_REGISTERS: u64 = PLATFORM_START + 0x10;
 /// Where Firecracker's guests report the end of their boot, by writing 123.
 pub const BOOT_MARKER: u64 = 0xc000_0000;
 

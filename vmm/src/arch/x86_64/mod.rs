@@ -5,5 +5,4 @@ pub mod cpuid;
 pub mod kernel;
 pub mod layout;
 pub mod mptable;
-pub mod platform;
 pub mod registers;

@@ -1,0 +1,461 @@
+//! Putting a guest together from its configuration: KVM, RAM, kernel, buses, devices, vCPUs.
+use std::collections::BTreeMap;
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use kvm_bindings::CpuId;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::events::{DeviceEvents, Notice, Notifier};
+use super::guest::Guest;
+use crate::arch::x86_64::acpi::{self, AcpiError, MmioDevice};
+use crate::arch::x86_64::boot::{self, BootError, BootInfo};
+use crate::arch::x86_64::cpuid::{self, CpuidError};
+use crate::arch::x86_64::kernel::{self, KernelError, LoadedKernel};
+use crate::arch::x86_64::mptable::{self, MpTableError};
+use crate::arch::x86_64::{layout, registers};
+use crate::backend::unix::{ListenError, Listener};
+use crate::bus::{BusDevice, BusError};
+use crate::config::{
+    Descriptors, Discovery, Drive, Expect, MachineConfig, OpenError, Source, VmConfig,
+};
+use crate::kvm::{GuestBus, Vcpu, VcpuError, Vm, VmError};
+use crate::legacy::{self, MachineEvents};
+use crate::memory::{self, GuestRam, MemoryError};
+use crate::virtio::balloon::Balloon;
+use crate::virtio::console::{Console, ConsoleConfig, ConsoleHandle};
+use crate::virtio::device::{Interrupt, VirtioDevice};
+use crate::virtio::mmio::{Transport, register};
+use crate::virtio::rng::Rng;
+use crate::virtio::vsock::{Dial, Vsock};
+use crate::virtio::blk;
+
+#[derive(Debug, thiserror::Error)]
+pub enum AssembleError {
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error("kernel_image_path: {path} {source}")]
+    Kernel { path: String, source: KernelError },
+    #[error("initrd_path: {path} {source}")]
+    Initrd { path: String, source: KernelError },
+    #[error("boot_args: {0}")]
+    Boot(#[from] BootError),
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    #[error(transparent)]
+    MpTable(#[from] MpTableError),
+    #[error(transparent)]
+    Cpuid(#[from] CpuidError),
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    #[error("drive {id:?}: {what}")]
+    Drive { id: String, what: String },
+    #[error("{field}: {source}")]
+    Socket { field: &'static str, source: ListenError },
+    #[error("{what}: {source}")]
+    Device { what: &'static str, source: io::Error },
+    #[error("the guest has more devices than the {} interrupt lines allow", layout::VIRTIO_MAX_DEVICES)]
+    TooManyDevices,
+    #[error("guest RAM cannot be written: {0}")]
+    Ram(vm_memory::GuestMemoryError),
+}
+
+type Result<T> = std::result::Result<T, AssembleError>;
+
+/// What can be made before it is known which guest it will be: creating a VM can take tens
+/// of milliseconds on a busy host.
+pub struct Prepared {
+    vm: Vm,
+    vcpus: Vec<Vcpu>,
+    cpuid: CpuId,
+}
+
+pub fn prepare(vcpu_count: u8, dev_kvm: Option<OwnedFd>) -> Result<Prepared> {
+    let vm = Vm::new(dev_kvm)?;
+    let cpuid = vm.supported_cpuid()?;
+    let vcpus = (0..vcpu_count)
+        .map(|index| vm.create_vcpu(index))
+        .collect::<std::result::Result<_, _>>()?;
+    Ok(Prepared { vm, vcpus, cpuid })
+}
+
+/// Everything `build` needs beside the VM.
+pub struct Parts<'a> {
+    pub config: &'a VmConfig,
+    pub descriptors: &'a Descriptors,
+    pub notifier: &'a Notifier,
+    /// Socket files that the guest's devices made, to be removed at the end.
+    pub sockets: &'a mut Vec<PathBuf>,
+}
+
+/// Builds the guest; its vCPUs are paused.
+pub fn build(prepared: Prepared, parts: Parts<'_>) -> Result<Guest> {
+    let Prepared { mut vm, vcpus, cpuid } = prepared;
+    let machine = &parts.config.machine_config;
+    let ram = Arc::new(memory::allocate(u64::from(machine.mem_size_mib))?);
+    let mut builder = Builder {
+        vm: &mut vm,
+        ram: Arc::clone(&ram),
+        bus: GuestBus::default(),
+        devices: Vec::new(),
+        windows: Vec::new(),
+        parts,
+    };
+    // Kernel and drives before memory is given to KVM: their errors are the likeliest.
+    let (kernel, initrd) = builder.load_kernel()?;
+    let drives = builder.add_drives()?;
+    builder.add_vsock()?;
+    builder.add_rng()?;
+    let balloon = builder.add_balloon()?;
+    let console = builder.add_console()?;
+    builder.add_platform()?;
+    builder.vm.map_ram(&ram)?;
+    builder.write_boot_data(&kernel, initrd)?;
+    let config = builder.parts.config;
+    let notifier = builder.parts.notifier.clone();
+    let (bus, devices) = (Arc::new(builder.bus), builder.devices);
+    set_up_vcpus(&vcpus, &ram, &cpuid, &kernel, &config.machine_config)?;
+    let vcpus = vcpus
+        .into_iter()
+        .map(|vcpu| {
+            let notifier = notifier.clone();
+            let on_fault = Box::new(move |fault| notifier.send(Notice::Fault(fault)));
+            vcpu.start(Arc::clone(&bus), on_fault)
+        })
+        .collect::<std::result::Result<_, _>>()?;
+    Ok(Guest {
+        _vm: vm,
+        vcpus,
+        bus,
+        devices,
+        drives,
+        balloon,
+        console,
+    })
+}
+
+struct Builder<'a> {
+    vm: &'a mut Vm,
+    ram: Arc<GuestRam>,
+    bus: GuestBus,
+    devices: Vec<DeviceEvents>,
+    windows: Vec<MmioDevice>,
+    parts: Parts<'a>,
+}
+
+impl Builder<'_> {
+    fn load_kernel(&self) -> Result<(LoadedKernel, Option<(u64, u64)>)> {
+        let Some(boot) = &self.parts.config.boot_source else {
+            // The configurator starts no guest without one.
+            return Err(AssembleError::TooManyDevices);
+        };
+        let open = |field, source| self.parts.descriptors.open(field, source, Expect::ReadFile);
+        let mut file = open("kernel_image_path", &boot.kernel_image_path)?;
+        let kernel = kernel::load(&self.ram, &mut file, boot.entry).map_err(|source| {
+            AssembleError::Kernel {
+                path: boot.kernel_image_path.to_string(),
+                source,
+            }
+        })?;
+        let Some(path) = &boot.initrd_path else {
+            return Ok((kernel, None));
+        };
+        let mut file = open("initrd_path", path)?;
+        let initrd = kernel::load_initrd(&self.ram, &mut file, kernel.end).map_err(|source| {
+            AssembleError::Initrd {
+                path: path.to_string(),
+                source,
+            }
+        })?;
+        Ok((kernel, Some(initrd)))
+    }
+
+    fn add_drives(&mut self) -> Result<BTreeMap<String, blk::Control>> {
+        let mut controls = BTreeMap::new();
+        for drive in &self.parts.config.drives {
+            let control = self.add_drive(drive)?;
+            controls.insert(drive.drive_id.clone(), control);
+        }
+        Ok(controls)
+    }
+
+    fn add_drive(&mut self, drive: &Drive) -> Result<blk::Control> {
+        let expect = if drive.is_read_only {
+            Expect::ReadDisk
+        } else {
+            Expect::WriteDisk
+        };
+        let field = format!("drive {:?}: path_on_host", drive.drive_id);
+        let file = self
+            .parts
+            .descriptors
+            .open(&field, &drive.path_on_host, expect)?;
+        let name = drive.path_on_host.to_string();
+        let failed = |what: String| AssembleError::Drive {
+            id: drive.drive_id.clone(),
+            what,
+        };
+        let disk = blk::open_disk(file, &name, drive.is_read_only, drive.io_engine)
+            .map_err(|e| failed(e.to_string()))?;
+        let options = blk::Options {
+            id: drive.drive_id.clone(),
+            serial: drive.serial().to_owned(),
+            read_only: drive.is_read_only,
+            writeback: drive.cache_type == crate::config::CacheType::Writeback,
+            engine: drive.io_engine,
+        };
+        let device = blk::Block::new(disk, &options).map_err(|e| failed(e.to_string()))?;
+        let control = device.control();
+        self.add_virtio(Box::new(device))?;
+        Ok(control)
+    }
+
+    fn add_vsock(&mut self) -> Result<()> {
+        let Some(vsock) = &self.parts.config.vsock else {
+            return Ok(());
+        };
+        let listener = self.listen("vsock uds_path", &vsock.uds_path)?;
+        let dial = match &vsock.uds_path {
+            Source::Path(path) => Dial::Beside(path.clone()),
+            Source::Fd(name) => {
+                let directory = format!("{name}.dir");
+                if self.parts.descriptors.contains(&directory) {
+                    Dial::Under(self.parts.descriptors.duplicate("uds_path", &directory)?)
+                } else {
+                    Dial::Nowhere
+                }
+            }
+        };
+        let device = Vsock::new(vsock.guest_cid, listener, dial).map_err(device("vsock"))?;
+        self.add_virtio(Box::new(device)).map(drop)
+    }
+
+    fn listen(&mut self, field: &'static str, source: &Source) -> Result<Listener> {
+        let failed = |source| AssembleError::Socket { field, source };
+        match source {
+            Source::Path(path) => {
+                let listener = Listener::bind(path).map_err(failed)?;
+                self.parts.sockets.push(path.clone());
+                Ok(listener)
+            }
+            Source::Fd(name) => {
+                let fd = self.parts.descriptors.duplicate(field, name)?;
+                Listener::from_fd(fd).map_err(failed)
+            }
+        }
+    }
+
+    fn add_rng(&mut self) -> Result<()> {
+        if self.parts.config.entropy.is_none() {
+            return Ok(());
+        }
+        let rng = Rng::new().map_err(device("entropy device"))?;
+        self.add_virtio(Box::new(rng)).map(drop)
+    }
+
+    fn add_balloon(&mut self) -> Result<Option<Arc<Mutex<Transport>>>> {
+        let Some(config) = &self.parts.config.balloon else {
+            return Ok(None);
+        };
+        let pages = Box::new(memory::discard::Discard::new(Arc::clone(&self.ram)));
+        let balloon = Balloon::new(config, pages).map_err(device("balloon"))?;
+        self.add_virtio(Box::new(balloon)).map(Some)
+    }
+
+    fn add_console(&mut self) -> Result<ConsoleHandle> {
+        let config = self.parts.config.console.clone().unwrap_or_default();
+        let listener = match &config.socket_path {
+            Some(source) => Some(self.listen("console socket_path", source)?),
+            None => None,
+        };
+        let console = Console::new(ConsoleConfig {
+            scrollback: config.scrollback_bytes as usize,
+            listener,
+            ..ConsoleConfig::default()
+        })
+        .map_err(device("console"))?;
+        let handle = console.handle();
+        self.add_virtio(Box::new(console))?;
+        Ok(handle)
+    }
+
+    fn add_virtio(&mut self, device: Box<dyn VirtioDevice>) -> Result<Arc<Mutex<Transport>>> {
+        let index = self.devices.len();
+        if index >= layout::VIRTIO_MAX_DEVICES {
+            return Err(AssembleError::TooManyDevices);
+        }
+        let address = layout::VIRTIO_MMIO_START + index as u64 * layout::VIRTIO_MMIO_LEN;
+        let gsi = layout::VIRTIO_FIRST_GSI + index as u32;
+        let irq = Interrupt::new(Arc::new(self.vm.irqfd(gsi)?));
+        let transport = Transport::new(device, Arc::clone(&self.ram), irq)
+            .ok_or(AssembleError::TooManyDevices)?;
+        let kicks: Vec<EventFd> = (0..transport.queue_count() as u32)
+            .map(|queue| self.vm.ioeventfd(address + register::QUEUE_NOTIFY, Some(queue)))
+            .collect::<std::result::Result<_, _>>()?;
+        let transport = Arc::new(Mutex::new(transport));
+        let on_bus: Arc<Mutex<dyn BusDevice>> = transport.clone();
+        self.bus
+            .mmio
+            .insert(address, layout::VIRTIO_MMIO_LEN, on_bus)?;
+        self.windows.push(MmioDevice { address, gsi });
+        self.devices.push(DeviceEvents {
+            transport: Arc::clone(&transport),
+            kicks: kicks.into(),
+        });
+        Ok(transport)
+    }
+
+    /// Serial port, reset, sleep registers, pvpanic, boot marker.
+    fn add_platform(&mut self) -> Result<()> {
+        let notifier = self.parts.notifier.clone();
+        let events: MachineEvents = Arc::new(move |event| notifier.send(Notice::Event(event)));
+        let serial = self.serial()?;
+        let ports = &mut self.bus.ports;
+        ports.insert(layout::COM1_PORT, 8, shared(serial))?;
+        let reset = legacy::ResetController::new(events.clone());
+        ports.insert(layout::I8042_PORT, 5, shared(reset))?;
+        let mmio = &mut self.bus.mmio;
+        mmio.insert(layout::PVPANIC, 1, shared(legacy::PvPanic::new(events.clone())))?;
+        mmio.insert(
+            layout::SLEEP_REGISTERS,
+            legacy::sleep::LEN,
+            shared(legacy::SleepRegisters::new(events.clone())),
+        )?;
+        mmio.insert(
+            layout::BOOT_MARKER,
+            8,
+            shared(legacy::BootMarker::new(events)),
+        )?;
+        Ok(())
+    }
+
+    fn serial(&self) -> Result<legacy::Serial> {
+        let path = self
+            .parts
+            .config
+            .serial
+            .as_ref()
+            .and_then(|serial| serial.serial_out_path.as_ref());
+        let output = match path {
+            Some(source) => {
+                let open = self.parts.descriptors.open("serial_out_path", source, Expect::Output);
+                Some(OwnedFd::from(open?))
+            }
+            None => rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3).ok(),
+        };
+        let line = Arc::new(self.vm.irqfd(layout::COM1_GSI)?);
+        legacy::Serial::new(line, output, SERIAL_LIMIT).map_err(device("serial port"))
+    }
+
+    fn write_boot_data(&mut self, kernel: &LoadedKernel, initrd: Option<(u64, u64)>) -> Result<()> {
+        let cpus = self.parts.config.machine_config.vcpu_count;
+        let Some(source) = &self.parts.config.boot_source else {
+            return Ok(());
+        };
+        let rsdp = match source.discovery {
+            Discovery::Acpi => {
+                self.write_generation_id()?;
+                Some(acpi::write(&self.ram, cpus, &self.windows)?)
+            }
+            Discovery::CommandLine => {
+                self.vm.create_pit()?;
+                mptable::write(&self.ram, cpus)?;
+                None
+            }
+        };
+        let command_line = command_line(self.parts.config, &self.windows);
+        let info = BootInfo {
+            command_line: &command_line,
+            initrd,
+            rsdp,
+        };
+        Ok(boot::write(&self.ram, kernel, &info)?)
+    }
+
+    fn write_generation_id(&self) -> Result<()> {
+        let mut id = [0u8; 16];
+        std::fs::File::open("/dev/urandom")
+            .and_then(|mut random| random.read_exact(&mut id))
+            .map_err(device("VM generation id"))?;
+        self.ram
+            .write_slice(&id, GuestAddress(layout::VM_GENERATION_ID))
+            .map_err(AssembleError::Ram)
+    }
+}
+
+/// Bytes of serial output that are passed on: it is for early debugging, not a log.
+const SERIAL_LIMIT: u64 = 16 << 20;
+
+fn device(what: &'static str) -> impl FnOnce(io::Error) -> AssembleError {
+    move |source| AssembleError::Device { what, source }
+}
+
+fn shared<D: BusDevice + 'static>(device: D) -> Arc<Mutex<dyn BusDevice>> {
+    Arc::new(Mutex::new(device))
+}
+
+/// The kernel's command line: what was asked for, the root drive, and the devices where the
+/// guest does not find them by ACPI.
+fn command_line(config: &VmConfig, windows: &[MmioDevice]) -> String {
+    let Some(boot) = &config.boot_source else {
+        return String::new();
+    };
+    let mut line = boot.boot_args().to_owned();
+    let mut add = |word: &str| {
+        if !line.is_empty() {
+            line.push(' ');
+        }
+        line.push_str(word);
+    };
+    if let Some(root) = config.drives.iter().find(|d| d.is_root_device) {
+        match &root.partuuid {
+            Some(id) => add(&format!("root=PARTUUID={id}")),
+            None => add("root=/dev/vda"),
+        }
+        add(if root.is_read_only { "ro" } else { "rw" });
+    }
+    if boot.discovery == Discovery::CommandLine {
+        for window in windows {
+            add(&format!(
+                "virtio_mmio.device={}@{:#x}:{}",
+                layout::VIRTIO_MMIO_LEN,
+                window.address,
+                window.gsi
+            ));
+        }
+    }
+    line
+}
+
+fn set_up_vcpus(
+    vcpus: &[Vcpu],
+    ram: &GuestRam,
+    supported: &CpuId,
+    kernel: &LoadedKernel,
+    machine: &MachineConfig,
+) -> Result<()> {
+    for (vcpu, index) in vcpus.iter().zip(0u8..) {
+        let cpuid = cpuid::for_vcpu(supported, index, machine.vcpu_count, machine.cpu_baseline)?;
+        vcpu.set_cpuid(&cpuid)?;
+        vcpu.set_msrs(&registers::boot_msrs())?;
+        let mut lapic = vcpu.lapic()?;
+        registers::wire_lapic(&mut lapic);
+        vcpu.set_lapic(&lapic)?;
+        if index == 0 {
+            let mut sregs = vcpu.sregs()?;
+            registers::system(ram, &mut sregs, kernel.entry).map_err(AssembleError::Ram)?;
+            vcpu.set_sregs(&sregs)?;
+            vcpu.set_regs(&registers::general(kernel.entry))?;
+        }
+    }
+    Ok(())
+}

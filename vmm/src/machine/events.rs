@@ -1,0 +1,142 @@
+//! What the event loop polls: the machine's own descriptors, and those of every device.
+use std::cell::Cell;
+use std::os::fd::{AsRawFd, RawFd};
+use std::rc::Rc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::kvm::Fault;
+use crate::legacy::MachineEvent;
+use crate::virtio::mmio::{Transport, lock};
+
+/// From vCPU threads to the event loop.
+#[derive(Debug)]
+pub enum Notice {
+    Event(MachineEvent),
+    Fault(Fault),
+}
+
+/// The sending end of the notices. A guest can cause many only on its way down, and each
+/// of its writes costs it an exit; the queue is emptied at every turn of the loop.
+#[derive(Clone)]
+pub struct Notifier {
+    queue: Arc<Mutex<Sender<Notice>>>,
+    waker: Arc<EventFd>,
+}
+
+impl Notifier {
+    pub fn send(&self, notice: Notice) {
+        let queue = self
+            .queue
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        // Fails only when the event loop has ended, and then nobody needs the notice.
+        let _ = queue.send(notice);
+        let _ = self.waker.write(1);
+    }
+}
+
+/// The receiving end.
+pub struct Notices {
+    queue: Receiver<Notice>,
+    waker: Arc<EventFd>,
+}
+
+impl Notices {
+    pub fn new() -> std::io::Result<(Notifier, Self)> {
+        let (sender, queue) = channel();
+        let waker = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let notifier = Notifier {
+            queue: Arc::new(Mutex::new(sender)),
+            waker: Arc::clone(&waker),
+        };
+        Ok((notifier, Self { queue, waker }))
+    }
+
+    pub fn next(&self) -> Option<Notice> {
+        let _ = self.waker.read();
+        self.queue.try_recv().ok()
+    }
+
+    pub fn fd(&self) -> RawFd {
+        self.waker.as_raw_fd()
+    }
+}
+
+/// What woke the event loop beside devices; read and cleared by the loop itself.
+#[derive(Clone, Default)]
+pub struct Woken {
+    pub commands: Rc<Cell<bool>>,
+    pub notices: Rc<Cell<bool>>,
+    pub signals: Rc<Cell<bool>>,
+}
+
+/// A subscriber of the event manager.
+pub enum Subscriber {
+    /// Descriptors whose readers are in the loop: the flags say which is ready.
+    Control {
+        sources: Vec<(RawFd, Rc<Cell<bool>>)>,
+    },
+    Device(DeviceEvents),
+}
+
+/// The queues and host descriptors of one device.
+#[derive(Clone)]
+pub struct DeviceEvents {
+    pub transport: Arc<Mutex<Transport>>,
+    /// One for each queue, in order, signalled by KVM.
+    pub kicks: Arc<[EventFd]>,
+}
+
+/// Event data from here on are tokens of host descriptors, below are queues.
+const HOST_TOKENS: u32 = 1 << 16;
+
+impl Subscriber {
+    fn device_event(device: &DeviceEvents, data: u32) {
+        let mut transport = lock(&device.transport);
+        match data.checked_sub(HOST_TOKENS) {
+            Some(token) => transport.host_ready(token as u16),
+            None => transport.kicked(data as usize),
+        }
+    }
+}
+
+impl MutEventSubscriber for Subscriber {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        let added = match self {
+            Self::Control { sources } => sources.iter().zip(0..).try_for_each(|((fd, _), data)| {
+                ops.add(Events::with_data_raw(*fd, data, EventSet::IN))
+            }),
+            Self::Device(device) => {
+                // Edge-triggered kicks are never read: KVM signals each, and a read would
+                // cost a system call a kick.
+                let kicks = device.kicks.iter().zip(0..).map(|(fd, queue)| {
+                    Events::with_data(fd, queue, EventSet::IN | EventSet::EDGE_TRIGGERED)
+                });
+                let host = lock(&device.transport).host_events();
+                let host = host.iter().map(|event| {
+                    let data = HOST_TOKENS + u32::from(event.token);
+                    Events::with_data_raw(event.fd, data, EventSet::IN)
+                });
+                kicks.chain(host).try_for_each(|events| ops.add(events))
+            }
+        };
+        if let Err(error) = added {
+            crate::log_error!("a descriptor cannot be polled: {error:?}");
+        }
+    }
+
+    fn process(&mut self, events: Events, _: &mut EventOps<'_>) {
+        match self {
+            Self::Control { sources } => {
+                if let Some((_, ready)) = sources.get(events.data() as usize) {
+                    ready.set(true);
+                }
+            }
+            Self::Device(device) => Self::device_event(device, events.data()),
+        }
+    }
+}
