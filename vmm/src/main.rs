@@ -1,2 +1,4 @@
 //! Entry point of `belljar-vmm`: hands over to `machine`.
-fn main() {}
+fn main() {
+    std::process::exit(belljar_vmm::machine::main());
+}

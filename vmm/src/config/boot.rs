@@ -7,6 +7,32 @@ use super::{ConfigError, Source};
 /// the NUL. What the machine appends (devices without ACPI) must fit too; the loader checks that.
 pub const MAX_BOOT_ARGS: usize = 2047;
 
+/// Where a kernel is entered (ours: `boot_protocol`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum BootProtocol {
+    /// The 64-bit entry of the Linux boot protocol: ELF vmlinux and bzImage.
+    #[default]
+    Linux,
+    /// PVH: an ELF kernel with a PVH note.
+    Pvh,
+}
+
+/// How a guest finds its devices (ours: `device_discovery`). Never both ways: a kernel that
+/// does both probes every device twice.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Discovery {
+    #[default]
+    Acpi,
+    /// `virtio_mmio.device=` on the kernel command line and an MP table, for kernels without
+    /// ACPI.
+    CommandLine,
+}
+
+/// The kernel command line where the API names none: messages to the virtio console, an end
+/// at a panic, no probes for devices that are not there.
+pub const DEFAULT_BOOT_ARGS: &str = "console=hvc0 panic=-1 reboot=k 8250.nr_uarts=0 \
+     i8042.noaux i8042.nomux i8042.dumbkbd";
+
 /// `PUT /boot-source`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Raw")]
@@ -18,6 +44,17 @@ pub struct BootSource {
     /// Printable ASCII. `None`: the machine's default line.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub boot_args: Option<String>,
+    #[serde(rename = "boot_protocol")]
+    pub entry: BootProtocol,
+    #[serde(rename = "device_discovery")]
+    pub discovery: Discovery,
+}
+
+impl BootSource {
+    /// The command line asked for, or the default one.
+    pub fn boot_args(&self) -> &str {
+        self.boot_args.as_deref().unwrap_or(DEFAULT_BOOT_ARGS)
+    }
 }
 
 #[derive(Deserialize)]
@@ -28,6 +65,10 @@ struct Raw {
     initrd_path: Option<Source>,
     #[serde(default)]
     boot_args: Option<String>,
+    #[serde(default)]
+    boot_protocol: BootProtocol,
+    #[serde(default)]
+    device_discovery: Discovery,
 }
 
 impl TryFrom<Raw> for BootSource {
@@ -51,6 +92,8 @@ impl TryFrom<Raw> for BootSource {
             kernel_image_path: raw.kernel_image_path,
             initrd_path: raw.initrd_path,
             boot_args: raw.boot_args,
+            entry: raw.boot_protocol,
+            discovery: raw.device_discovery,
         })
     }
 }

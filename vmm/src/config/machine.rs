@@ -19,6 +19,17 @@ pub enum HugePages {
     None,
 }
 
+/// What processor guests see (ours: `cpu_baseline`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CpuBaseline {
+    /// x86-64-v3 with AES, SHA, RDRAND and what processors of the last ten years share:
+    /// features outside this list are hidden, so that snapshots move between machines.
+    #[default]
+    Portable,
+    /// Everything KVM offers on this host. Snapshots do not move.
+    Host,
+}
+
 /// `PUT /machine-config`, and what GET returns.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Raw")]
@@ -32,6 +43,7 @@ pub struct MachineConfig {
     /// Always false: what changed is found by scanning, without tracking while the guest runs.
     pub track_dirty_pages: bool,
     pub huge_pages: HugePages,
+    pub cpu_baseline: CpuBaseline,
 }
 
 impl Default for MachineConfig {
@@ -43,6 +55,7 @@ impl Default for MachineConfig {
             smt: false,
             track_dirty_pages: false,
             huge_pages: HugePages::None,
+            cpu_baseline: CpuBaseline::Portable,
         }
     }
 }
@@ -54,6 +67,7 @@ pub struct MachinePatch {
     pub vcpu_count: Option<u8>,
     pub mem_size_mib: Option<u32>,
     pub huge_pages: Option<HugePages>,
+    pub cpu_baseline: Option<CpuBaseline>,
 }
 
 impl MachineConfig {
@@ -64,6 +78,7 @@ impl MachineConfig {
             vcpu_count: patch.vcpu_count.unwrap_or(self.vcpu_count),
             mem_size_mib: patch.mem_size_mib.unwrap_or(self.mem_size_mib),
             huge_pages: patch.huge_pages.unwrap_or(self.huge_pages),
+            cpu_baseline: patch.cpu_baseline.unwrap_or(self.cpu_baseline),
             ..self.clone()
         }
     }
@@ -82,6 +97,8 @@ struct Raw {
     cpu_template: Option<String>,
     #[serde(default)]
     huge_pages: Option<String>,
+    #[serde(default)]
+    cpu_baseline: Option<CpuBaseline>,
     #[serde(default)]
     gdb_socket_path: Option<IgnoredAny>,
 }
@@ -102,6 +119,8 @@ struct RawPatch {
     #[serde(default)]
     huge_pages: Option<String>,
     #[serde(default)]
+    cpu_baseline: Option<CpuBaseline>,
+    #[serde(default)]
     gdb_socket_path: Option<IgnoredAny>,
 }
 
@@ -115,6 +134,7 @@ impl TryFrom<Raw> for MachineConfig {
             track_dirty_pages: raw.track_dirty_pages,
             cpu_template: raw.cpu_template,
             huge_pages: raw.huge_pages,
+            cpu_baseline: raw.cpu_baseline,
             gdb_socket_path: raw.gdb_socket_path,
         })?;
         Ok(Self::default().patched(&patch))
@@ -151,6 +171,7 @@ impl TryFrom<RawPatch> for MachinePatch {
             vcpu_count: raw.vcpu_count.map(vcpu_count).transpose()?,
             mem_size_mib: raw.mem_size_mib.map(mem_size).transpose()?,
             huge_pages: raw.huge_pages.as_deref().map(huge_pages).transpose()?,
+            cpu_baseline: raw.cpu_baseline,
         })
     }
 }

@@ -101,7 +101,10 @@ pub struct Parts<'a> {
 pub fn build(prepared: Prepared, parts: Parts<'_>) -> Result<Guest> {
     let Prepared { mut vm, vcpus, cpuid } = prepared;
     let machine = &parts.config.machine_config;
-    let ram = Arc::new(memory::allocate(u64::from(machine.mem_size_mib))?);
+    let ram = Arc::new(memory::allocate(
+        u64::from(machine.mem_size_mib),
+        machine.huge_pages,
+    )?);
     let mut builder = Builder {
         vm: &mut vm,
         ram: Arc::clone(&ram),

@@ -17,6 +17,7 @@ use virtio_queue::{Queue, QueueT};
 
 use super::device::{DeviceError, DeviceIo, HostEvent, Interrupt, VirtioDevice};
 use crate::bus::BusDevice;
+use crate::log::Level;
 use crate::memory::GuestRam;
 
 /// Register offsets (§4.2.2).
@@ -188,7 +189,11 @@ impl Transport {
 
     /// §2.1.2: the device is in a state from which only a reset helps.
     fn fail(&mut self, error: &DeviceError) {
-        crate::log::warn!("{}: needs a reset: {error}", self.device.name());
+        crate::log_limited!(
+            Level::Warn,
+            "{}: needs a reset: {error}",
+            self.device.name()
+        );
         self.status |= NEEDS_RESET;
         if self.status & DRIVER_OK != 0 {
             self.config_generation = self.config_generation.wrapping_add(1);
@@ -309,7 +314,8 @@ impl Transport {
         }
         self.status |= added & FAILED;
         if added & FAILED != 0 {
-            crate::log::warn!(
+            crate::log_limited!(
+                Level::Warn,
                 "{}: the driver gave up in status {was:#x}",
                 self.device.name()
             );

@@ -8,14 +8,7 @@
 //! Documentation/virt/kvm/x86/cpuid.rst for 0x4000_0001.
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Baseline {
-    /// x86-64-v3 with AES, SHA, RDRAND and what processors of the last ten years share.
-    #[default]
-    Portable,
-    /// Everything KVM offers on this host. Snapshots do not move.
-    Host,
-}
+use crate::config::CpuBaseline as Baseline;
 
 #[derive(Debug, thiserror::Error)]
 #[error("KVM offers too many CPUID leaves: {0}")]

@@ -12,6 +12,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::layout;
 use super::registers::Entry;
+use crate::config::BootProtocol as Protocol;
 use crate::memory::GuestRam;
 
 #[derive(Debug, thiserror::Error)]
@@ -54,15 +55,6 @@ pub struct LoadedKernel {
     pub end: u64,
     /// The header of a bzImage, to be repeated in the zero page.
     pub setup: Option<setup_header>,
-}
-
-/// Which entry point to use where a kernel has several.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Protocol {
-    /// The 64-bit Linux entry.
-    #[default]
-    Linux,
-    Pvh,
 }
 
 const ELF_MAGIC: &[u8] = b"\x7fELF";

@@ -1,0 +1,498 @@
+//! The life of the process: command line, API thread, event loop, end.
+use std::io::{self, Read};
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use event_manager::{EventManager, SubscriberId, SubscriberOps};
+
+use super::assemble::{self, Parts, Prepared};
+use super::ending::Ending;
+use super::events::{Notice, Notices, Notifier, Subscriber, Woken};
+use super::guest::Guest;
+use super::signals;
+use crate::api::args::{self, Args, Invocation};
+use crate::api::{
+    Action, ApiHandle, ApiServer, Body, Command, CommandReceiver, Configurator, Effect, Fault,
+    InstanceState, Published, Request, ServerOptions, channel,
+};
+use crate::backend::inherited;
+use crate::config::{Expect, Logger, Source, VmConfig};
+use crate::legacy::MachineEvent;
+use crate::log;
+use crate::metrics::{FLUSH_PERIOD, Metrics, Registry};
+
+/// Exit status of a command line that is wrong.
+const BAD_COMMAND_LINE: i32 = 2;
+/// A configuration file is a few KiB.
+const MAX_CONFIG_FILE: u64 = 1 << 20;
+/// The name under which a jail hands in `/dev/kvm`.
+const KVM_DESCRIPTOR: &str = "kvm";
+
+/// Runs the VMM with this process's arguments. Returns the exit status.
+pub fn main() -> i32 {
+    let started = Instant::now();
+    match args::parse(std::env::args_os().skip(1)) {
+        Ok(Invocation::Help) => print(args::HELP),
+        Ok(Invocation::Version) => print(&args::version_text()),
+        Ok(Invocation::Run(args)) => run(*args, started),
+        Err(error) => {
+            eprintln!("belljar-vmm: {error}");
+            BAD_COMMAND_LINE
+        }
+    }
+}
+
+/// Prints to standard output; that nobody reads it is no failure.
+fn print(text: &str) -> i32 {
+    use std::io::Write;
+    let _ = io::stdout().write_all(text.as_bytes());
+    0
+}
+
+fn run(args: Args, started: Instant) -> i32 {
+    let ending = match Machine::new(args, started) {
+        Ok((mut machine, api)) => {
+            let ending = machine.event_loop();
+            machine.finish(&ending);
+            if let Some(api) = api {
+                api.shutdown();
+            }
+            ending
+        }
+        Err(message) => Ending::Failed(message),
+    };
+    match &ending {
+        Ending::Failed(message) => {
+            log_error!("{message}");
+            // Whoever started us by hand sees it, wherever the log goes.
+            if log::has_output() {
+                eprintln!("belljar-vmm: {message}");
+            }
+        }
+        Ending::PoweredOff | Ending::Stopped => log_info!("end: {ending}"),
+        _ => log_warn!("end: {ending}"),
+    }
+    ending.exit_code()
+}
+
+/// Socket files that devices made. Shared with the API's `Stop`, which works while the
+/// machine is stuck.
+type SocketFiles = Arc<Mutex<Vec<PathBuf>>>;
+
+fn remove(sockets: &SocketFiles) {
+    let mut files = sockets.lock().unwrap_or_else(PoisonError::into_inner);
+    for path in files.drain(..) {
+        let _ = std::fs::remove_file(path);
+    }
+}
+
+struct Machine {
+    configurator: Configurator,
+    published: Arc<Published>,
+    commands: CommandReceiver,
+    notices: Notices,
+    notifier: Notifier,
+    woken: Woken,
+    manager: EventManager<Subscriber>,
+    metrics: Metrics,
+    next_flush: Option<Instant>,
+    prepared: Option<Prepared>,
+    guest: Option<Guest>,
+    /// Of the guest's devices while they are polled.
+    polled: Vec<SubscriberId>,
+    sockets: SocketFiles,
+    boot_timer: bool,
+    started: Instant,
+    guest_started: Option<Instant>,
+    ending: Option<Ending>,
+}
+
+impl Machine {
+    fn new(args: Args, started: Instant) -> Result<(Self, Option<ApiHandle>), String> {
+        let inherited = inherited::adopt(&args.fds)
+            .map_err(|(name, error)| format!("--fd {name}: {error}"))?;
+        let mut configurator = Configurator::default();
+        configurator
+            .add_descriptors(inherited)
+            .map_err(|fault| format!("--fd: {fault}"))?;
+        let registry = Registry::default();
+        let (sender, commands) = channel().map_err(|e| format!("command channel: {e}"))?;
+        let (notifier, notices) = Notices::new().map_err(|e| format!("notices: {e}"))?;
+        let published = Arc::new(Published::new(args.id.clone()));
+        let sockets = SocketFiles::default();
+        let api = match &args.api_sock {
+            Some(source) => Some(bind_api(&configurator, source)?),
+            None => None,
+        };
+        let api = match api {
+            Some(server) => {
+                let files = Arc::clone(&sockets);
+                let stop = Box::new(move || {
+                    remove(&files);
+                    std::process::exit(Ending::Stopped.exit_code());
+                });
+                let options = ServerOptions {
+                    max_body: args.max_payload,
+                    ..ServerOptions::default()
+                };
+                let handle = server
+                    .start(sender, Arc::clone(&published), &registry, stop, options)
+                    .map_err(|e| format!("API thread: {e}"))?;
+                Some(handle)
+            }
+            None => None,
+        };
+        let woken = Woken::default();
+        let signals = signals::watch().map_err(|e| format!("signal handlers: {e}"))?;
+        let mut manager =
+            EventManager::new_with_capacity(EVENTS_A_TURN).map_err(|e| format!("epoll: {e:?}"))?;
+        manager.add_subscriber(Subscriber::Control {
+            sources: vec![
+                (commands.as_raw_fd(), woken.commands.clone()),
+                (notices.fd(), woken.notices.clone()),
+                (signals, woken.signals.clone()),
+            ],
+        });
+        let mut machine = Self {
+            configurator,
+            published,
+            commands,
+            notices,
+            notifier,
+            woken,
+            manager,
+            metrics: Metrics::new(registry),
+            next_flush: None,
+            prepared: None,
+            guest: None,
+            polled: Vec::new(),
+            sockets,
+            boot_timer: args.boot_timer,
+            started,
+            guest_started: None,
+            ending: None,
+        };
+        machine.configure(args)?;
+        Ok((machine, api))
+    }
+
+    /// Applies flags and the configuration file.
+    fn configure(&mut self, args: Args) -> Result<(), String> {
+        log::configure(log::Changes {
+            id: Some(args.id),
+            ..log::Changes::default()
+        });
+        if args.log_path.is_some() || args.level.is_some() || args.module.is_some() {
+            let logger = Logger {
+                log_path: args.log_path,
+                level: args.level,
+                show_level: args.show_level.then_some(true),
+                show_log_origin: args.show_log_origin.then_some(true),
+                module: args.module,
+            };
+            self.call(Request::PutLogger(logger))?;
+        }
+        if let Some(metrics_path) = args.metrics_path {
+            self.call(Request::PutMetrics(crate::config::Metrics { metrics_path }))?;
+        }
+        args.start_times.record(self.metrics.registry());
+        let Some(source) = args.config_file else {
+            return Ok(());
+        };
+        let document = self.read_config(&source)?;
+        let effects = self
+            .configurator
+            .load(document)
+            .map_err(|fault| format!("{source}: {fault}"))?;
+        for effect in effects {
+            self.carry_out(&effect)
+                .map_err(|fault| format!("{source}: {fault}"))?;
+            self.configurator.done(&effect);
+        }
+        self.publish();
+        self.call(Request::Action(Action::InstanceStart)).map(drop)
+    }
+
+    fn read_config(&self, source: &Source) -> Result<VmConfig, String> {
+        let mut text = Vec::new();
+        let descriptors = self.configurator.descriptors();
+        let file = descriptors
+            .open("--config-file", source, Expect::ReadFile)
+            .map_err(|e| e.to_string())?;
+        file.take(MAX_CONFIG_FILE)
+            .read_to_end(&mut text)
+            .map_err(|e| format!("{source}: {e}"))?;
+        serde_json::from_slice(&text).map_err(|e| format!("{source}: {e}"))
+    }
+
+    /// A call of our own.
+    fn call(&mut self, request: Request) -> Result<Body, String> {
+        self.apply(request).map_err(|fault| fault.message)
+    }
+
+    fn apply(&mut self, request: Request) -> Result<Body, Fault> {
+        let effect = self.configurator.apply(request)?;
+        let body = self.carry_out(&effect)?;
+        self.configurator.done(&effect);
+        self.publish();
+        Ok(body)
+    }
+
+    fn publish(&self) {
+        self.published.set_config(self.configurator.config());
+        self.published.set_state(self.configurator.state());
+    }
+
+    fn event_loop(&mut self) -> Ending {
+        loop {
+            let turn = match self.next_flush {
+                None => self.manager.run(),
+                Some(at) => {
+                    let left = at.saturating_duration_since(Instant::now());
+                    let ms = i32::try_from(left.as_millis()).unwrap_or(i32::MAX);
+                    self.manager.run_with_timeout(ms.saturating_add(1))
+                }
+            };
+            if let Err(error) = turn
+                && !interrupted(&error)
+            {
+                return Ending::Failed(format!("the event loop failed: {error:?}"));
+            }
+            if self.woken.notices.take() {
+                self.take_notices();
+            }
+            if self.woken.commands.take() {
+                while let Some(command) = self.commands.next_command() {
+                    self.take_command(command);
+                }
+            }
+            if self.woken.signals.take() {
+                self.ending.get_or_insert(Ending::Stopped);
+            }
+            if self.next_flush.is_some_and(|at| Instant::now() >= at) {
+                self.flush_metrics();
+            }
+            if let Some(ending) = self.ending.take() {
+                return ending;
+            }
+        }
+    }
+
+    fn take_notices(&mut self) {
+        while let Some(notice) = self.notices.next() {
+            let ending = match notice {
+                Notice::Event(MachineEvent::BootMarker) => {
+                    self.report_boot_time();
+                    None
+                }
+                Notice::Event(event) => Ending::of_event(event),
+                Notice::Fault(fault) => Some(Ending::of_fault(fault)),
+            };
+            // The first says why; what follows is its consequence.
+            if let Some(ending) = ending {
+                self.ending.get_or_insert(ending);
+            }
+        }
+    }
+
+    fn report_boot_time(&self) {
+        let (true, Some(at)) = (self.boot_timer, self.guest_started) else {
+            return;
+        };
+        log_info!(
+            "Guest-boot-time = {} us, from the start of the process {} us",
+            at.elapsed().as_micros(),
+            self.started.elapsed().as_micros()
+        );
+    }
+
+    fn take_command(&mut self, command: Command) {
+        let Command {
+            request,
+            fds,
+            reply,
+        } = command;
+        let outcome = self
+            .configurator
+            .add_descriptors(fds)
+            .and_then(|()| self.apply(request));
+        reply.send(outcome);
+    }
+
+    /// Does what a call means; nothing has changed if it fails.
+    fn carry_out(&mut self, effect: &Effect) -> Result<Body, Fault> {
+        match effect {
+            Effect::Done => {}
+            Effect::Answer(body) => return Ok(body.clone()),
+            Effect::Prepare { vcpu_count } => self.prepared = Some(self.prepare(*vcpu_count)?),
+            Effect::Start => self.start()?,
+            Effect::Pause => self.pause()?,
+            Effect::Resume => self.resume(),
+            Effect::FlushMetrics => self.metrics.flush().map_err(Fault::from_error)?,
+            Effect::SendCtrlAltDel => return Err(no_keyboard()),
+            Effect::Stop => self.ending = Some(Ending::Stopped),
+            Effect::SetLogger(logger) => self.set_logger(logger)?,
+            Effect::SetMetrics(metrics) => self.set_metrics(&metrics.metrics_path)?,
+            device => return self.carry_out_on_device(device),
+        }
+        Ok(Body::None)
+    }
+
+    fn carry_out_on_device(&mut self, effect: &Effect) -> Result<Body, Fault> {
+        let Some(guest) = &self.guest else {
+            return Err(Fault::new("the guest has not been started"));
+        };
+        super::devices::carry_out(guest, self.configurator.descriptors(), effect)
+    }
+
+    fn prepare(&self, vcpu_count: u8) -> Result<Prepared, Fault> {
+        let descriptors = self.configurator.descriptors();
+        let dev_kvm = descriptors
+            .contains(KVM_DESCRIPTOR)
+            .then(|| descriptors.duplicate("/dev/kvm", KVM_DESCRIPTOR))
+            .transpose()
+            .map_err(Fault::from_error)?;
+        assemble::prepare(vcpu_count, dev_kvm).map_err(Fault::from_error)
+    }
+
+    fn start(&mut self) -> Result<(), Fault> {
+        self.guest_started = Some(Instant::now());
+        let prepared = match self.prepared.take() {
+            Some(prepared) => prepared,
+            None => self.prepare(self.configurator.config().machine_config.vcpu_count)?,
+        };
+        let mut made = Vec::new();
+        let built = assemble::build(
+            prepared,
+            Parts {
+                config: self.configurator.config(),
+                descriptors: self.configurator.descriptors(),
+                notifier: &self.notifier,
+                sockets: &mut made,
+            },
+        );
+        self.sockets
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .append(&mut made);
+        let guest = built.map_err(|error| {
+            remove(&self.sockets);
+            Fault::from_error(error)
+        })?;
+        super::devices::register_metrics(&guest, self.metrics.registry());
+        self.guest = Some(guest);
+        self.resume();
+        log_info!("guest started");
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), Fault> {
+        let Some(guest) = &self.guest else {
+            return Ok(());
+        };
+        guest.pause_vcpus().map_err(Fault::from_error)?;
+        for id in self.polled.drain(..) {
+            // It was added, so it can be removed.
+            let _ = self.manager.remove_subscriber(id);
+        }
+        guest.drain_devices();
+        Ok(())
+    }
+
+    fn resume(&mut self) {
+        let Some(guest) = &self.guest else { return };
+        for device in &guest.devices {
+            let subscriber = Subscriber::Device(device.clone());
+            self.polled.push(self.manager.add_subscriber(subscriber));
+        }
+        guest.resume_devices();
+        guest.resume_vcpus();
+    }
+
+    fn set_logger(&self, logger: &Logger) -> Result<(), Fault> {
+        let output = logger
+            .log_path
+            .as_ref()
+            .map(|path| {
+                let descriptors = self.configurator.descriptors();
+                descriptors.open("log_path", path, Expect::Output)
+            })
+            .transpose()
+            .map_err(Fault::from_error)?;
+        log::configure(log::Changes {
+            id: None,
+            level: logger.level,
+            show_level: logger.show_level,
+            show_origin: logger.show_log_origin,
+            module: logger.module.clone(),
+            output,
+        });
+        Ok(())
+    }
+
+    fn set_metrics(&mut self, path: &Source) -> Result<(), Fault> {
+        let descriptors = self.configurator.descriptors();
+        let output = descriptors
+            .open("metrics_path", path, Expect::Output)
+            .map_err(Fault::from_error)?;
+        self.metrics.set_output(output);
+        self.next_flush = Some(Instant::now() + FLUSH_PERIOD);
+        Ok(())
+    }
+
+    fn flush_metrics(&mut self) {
+        if let Err(error) = self.metrics.flush() {
+            log_limited!(log::Level::Warn, "metrics: {error}");
+        }
+        self.next_flush = Some(Instant::now() + FLUSH_PERIOD);
+    }
+
+    /// Everything that must happen before the process ends.
+    fn finish(&mut self, ending: &Ending) {
+        if let Some(guest) = &self.guest {
+            // vCPUs may still run; what they do no longer matters, but what they were told
+            // is on disk must be.
+            guest.drain_devices();
+            super::devices::update_metrics(guest, self.metrics.registry());
+            if matches!(ending, Ending::Panicked | Ending::TripleFault) {
+                let tail = guest.console.tail(PANIC_LINES, PANIC_BYTES);
+                log_warn!("last console lines:\n{}", String::from_utf8_lossy(&tail));
+            }
+        }
+        self.published.set_state(InstanceState::NotStarted);
+        if self.next_flush.is_some() {
+            let _ = self.metrics.flush();
+        }
+        remove(&self.sockets);
+    }
+}
+
+const EVENTS_A_TURN: usize = 64;
+const PANIC_LINES: usize = 25;
+const PANIC_BYTES: usize = 4096;
+
+fn interrupted(error: &event_manager::Error) -> bool {
+    matches!(error, event_manager::Error::Epoll(e) if e.errno() == libc::EINTR)
+}
+
+fn no_keyboard() -> Fault {
+    Fault::new(
+        "SendCtrlAltDel: this machine has no keyboard; ask the guest's agent to shut down, or use Stop",
+    )
+}
+
+fn bind_api(configurator: &Configurator, source: &Source) -> Result<ApiServer, String> {
+    let bound = match source {
+        Source::Path(path) => ApiServer::bind(path),
+        Source::Fd(name) => {
+            let fd = configurator
+                .descriptors()
+                .duplicate("--api-sock", name)
+                .map_err(|e| e.to_string())?;
+            ApiServer::from_descriptor(name, fd)
+        }
+    };
+    bound.map_err(|e| format!("--api-sock: {e}"))
+}
