@@ -105,6 +105,12 @@ impl Listener {
         Ok(Self { fd, bound: None })
     }
 
+    /// The listening descriptor alone: the socket file stays, for its owner to remove.
+    pub fn into_fd(mut self) -> io::Result<OwnedFd> {
+        self.bound = None;
+        self.fd.try_clone()
+    }
+
     /// Takes the next waiting connection; `WouldBlock` if there is none.
     pub fn accept(&self) -> io::Result<Stream> {
         loop {

@@ -7,10 +7,9 @@ use std::sync::{Arc, Mutex};
 
 use kvm_bindings::CpuId;
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::events::{DeviceEvents, Notice, Notifier};
-use super::guest::Guest;
+use super::guest::{DriveHandle, Guest};
 use crate::arch::x86_64::acpi::{self, AcpiError, MmioDevice};
 use crate::arch::x86_64::boot::{self, BootError, BootInfo};
 use crate::arch::x86_64::cpuid::{self, CpuidError};
@@ -24,17 +23,18 @@ use crate::config::{
 };
 use crate::kvm::{GuestBus, Vcpu, VcpuError, Vm, VmError};
 use crate::legacy::{self, MachineEvents};
+use crate::memory::discard::AnonymousPages;
 use crate::memory::{self, GuestRam, MemoryError};
-use crate::virtio::balloon::Balloon;
+use crate::virtio::balloon::{Balloon, BalloonHandle};
+use crate::virtio::blk;
 use crate::virtio::console::{Console, ConsoleConfig, ConsoleHandle};
 use crate::virtio::device::{Interrupt, VirtioDevice};
 use crate::virtio::mmio::{Transport, register};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Dial, Vsock};
-use crate::virtio::blk;
 
 #[derive(Debug, thiserror::Error)]
-pub enum AssembleError {
+pub(super) enum AssembleError {
     #[error(transparent)]
     Vm(#[from] VmError),
     #[error(transparent)]
@@ -60,10 +60,19 @@ pub enum AssembleError {
     #[error("drive {id:?}: {what}")]
     Drive { id: String, what: String },
     #[error("{field}: {source}")]
-    Socket { field: &'static str, source: ListenError },
+    Socket {
+        field: &'static str,
+        source: ListenError,
+    },
     #[error("{what}: {source}")]
-    Device { what: &'static str, source: io::Error },
-    #[error("the guest has more devices than the {} interrupt lines allow", layout::VIRTIO_MAX_DEVICES)]
+    Device {
+        what: &'static str,
+        source: io::Error,
+    },
+    #[error(
+        "the guest has more devices than the {} interrupt lines allow",
+        layout::VIRTIO_MAX_DEVICES
+    )]
     TooManyDevices,
     #[error("guest RAM cannot be written: {0}")]
     Ram(vm_memory::GuestMemoryError),
@@ -73,13 +82,13 @@ type Result<T> = std::result::Result<T, AssembleError>;
 
 /// What can be made before it is known which guest it will be: creating a VM can take tens
 /// of milliseconds on a busy host.
-pub struct Prepared {
+pub(super) struct Prepared {
     vm: Vm,
     vcpus: Vec<Vcpu>,
     cpuid: CpuId,
 }
 
-pub fn prepare(vcpu_count: u8, dev_kvm: Option<OwnedFd>) -> Result<Prepared> {
+pub(super) fn prepare(vcpu_count: u8, dev_kvm: Option<OwnedFd>) -> Result<Prepared> {
     let vm = Vm::new(dev_kvm)?;
     let cpuid = vm.supported_cpuid()?;
     let vcpus = (0..vcpu_count)
@@ -89,17 +98,21 @@ pub fn prepare(vcpu_count: u8, dev_kvm: Option<OwnedFd>) -> Result<Prepared> {
 }
 
 /// Everything `build` needs beside the VM.
-pub struct Parts<'a> {
-    pub config: &'a VmConfig,
-    pub descriptors: &'a Descriptors,
-    pub notifier: &'a Notifier,
+pub(super) struct Parts<'a> {
+    pub(super) config: &'a VmConfig,
+    pub(super) descriptors: &'a Descriptors,
+    pub(super) notifier: &'a Notifier,
     /// Socket files that the guest's devices made, to be removed at the end.
-    pub sockets: &'a mut Vec<PathBuf>,
+    pub(super) sockets: &'a mut Vec<PathBuf>,
 }
 
 /// Builds the guest; its vCPUs are paused.
-pub fn build(prepared: Prepared, parts: Parts<'_>) -> Result<Guest> {
-    let Prepared { mut vm, vcpus, cpuid } = prepared;
+pub(super) fn build(prepared: Prepared, parts: Parts<'_>) -> Result<Guest> {
+    let Prepared {
+        mut vm,
+        vcpus,
+        cpuid,
+    } = prepared;
     let machine = &parts.config.machine_config;
     let ram = Arc::new(memory::allocate(
         u64::from(machine.mem_size_mib),
@@ -182,16 +195,16 @@ impl Builder<'_> {
         Ok((kernel, Some(initrd)))
     }
 
-    fn add_drives(&mut self) -> Result<BTreeMap<String, blk::Control>> {
-        let mut controls = BTreeMap::new();
+    fn add_drives(&mut self) -> Result<BTreeMap<String, DriveHandle>> {
+        let mut handles = BTreeMap::new();
         for drive in &self.parts.config.drives {
-            let control = self.add_drive(drive)?;
-            controls.insert(drive.drive_id.clone(), control);
+            let handle = self.add_drive(drive)?;
+            handles.insert(drive.drive_id.clone(), handle);
         }
-        Ok(controls)
+        Ok(handles)
     }
 
-    fn add_drive(&mut self, drive: &Drive) -> Result<blk::Control> {
+    fn add_drive(&mut self, drive: &Drive) -> Result<DriveHandle> {
         let expect = if drive.is_read_only {
             Expect::ReadDisk
         } else {
@@ -217,9 +230,13 @@ impl Builder<'_> {
             engine: drive.io_engine,
         };
         let device = blk::Block::new(disk, &options).map_err(|e| failed(e.to_string()))?;
-        let control = device.control();
+        let handle = DriveHandle {
+            control: device.control(),
+            stats: device.stats(),
+            read_only: drive.is_read_only,
+        };
         self.add_virtio(Box::new(device))?;
-        Ok(control)
+        Ok(handle)
     }
 
     fn add_vsock(&mut self) -> Result<()> {
@@ -239,7 +256,7 @@ impl Builder<'_> {
             }
         };
         let device = Vsock::new(vsock.guest_cid, listener, dial).map_err(device("vsock"))?;
-        self.add_virtio(Box::new(device)).map(drop)
+        self.add_virtio(Box::new(device))
     }
 
     fn listen(&mut self, field: &'static str, source: &Source) -> Result<Listener> {
@@ -262,22 +279,27 @@ impl Builder<'_> {
             return Ok(());
         }
         let rng = Rng::new().map_err(device("entropy device"))?;
-        self.add_virtio(Box::new(rng)).map(drop)
+        self.add_virtio(Box::new(rng))
     }
 
-    fn add_balloon(&mut self) -> Result<Option<Arc<Mutex<Transport>>>> {
+    fn add_balloon(&mut self) -> Result<Option<BalloonHandle>> {
         let Some(config) = &self.parts.config.balloon else {
             return Ok(None);
         };
-        let pages = Box::new(memory::discard::Discard::new(Arc::clone(&self.ram)));
+        let pages = Box::new(AnonymousPages::new());
         let balloon = Balloon::new(config, pages).map_err(device("balloon"))?;
-        self.add_virtio(Box::new(balloon)).map(Some)
+        let handle = balloon.handle();
+        self.add_virtio(Box::new(balloon))?;
+        Ok(Some(handle))
     }
 
     fn add_console(&mut self) -> Result<ConsoleHandle> {
         let config = self.parts.config.console.clone().unwrap_or_default();
         let listener = match &config.socket_path {
-            Some(source) => Some(self.listen("console socket_path", source)?),
+            Some(source) => {
+                let listener = self.listen("console socket_path", source)?;
+                Some(listener.into_fd().map_err(device("console socket"))?.into())
+            }
             None => None,
         };
         let console = Console::new(ConsoleConfig {
@@ -291,7 +313,7 @@ impl Builder<'_> {
         Ok(handle)
     }
 
-    fn add_virtio(&mut self, device: Box<dyn VirtioDevice>) -> Result<Arc<Mutex<Transport>>> {
+    fn add_virtio(&mut self, device: Box<dyn VirtioDevice>) -> Result<()> {
         let index = self.devices.len();
         if index >= layout::VIRTIO_MAX_DEVICES {
             return Err(AssembleError::TooManyDevices);
@@ -301,9 +323,11 @@ impl Builder<'_> {
         let irq = Interrupt::new(Arc::new(self.vm.irqfd(gsi)?));
         let transport = Transport::new(device, Arc::clone(&self.ram), irq)
             .ok_or(AssembleError::TooManyDevices)?;
-        let kicks: Vec<EventFd> = (0..transport.queue_count() as u32)
-            .map(|queue| self.vm.ioeventfd(address + register::QUEUE_NOTIFY, Some(queue)))
-            .collect::<std::result::Result<_, _>>()?;
+        let mut kicks = Vec::new();
+        for queue in transport.polled_queues() {
+            let notify = address + register::QUEUE_NOTIFY;
+            kicks.push((queue, self.vm.ioeventfd(notify, Some(queue))?));
+        }
         let transport = Arc::new(Mutex::new(transport));
         let on_bus: Arc<Mutex<dyn BusDevice>> = transport.clone();
         self.bus
@@ -311,10 +335,10 @@ impl Builder<'_> {
             .insert(address, layout::VIRTIO_MMIO_LEN, on_bus)?;
         self.windows.push(MmioDevice { address, gsi });
         self.devices.push(DeviceEvents {
-            transport: Arc::clone(&transport),
+            transport,
             kicks: kicks.into(),
         });
-        Ok(transport)
+        Ok(())
     }
 
     /// Serial port, reset, sleep registers, pvpanic, boot marker.
@@ -327,7 +351,11 @@ impl Builder<'_> {
         let reset = legacy::ResetController::new(events.clone());
         ports.insert(layout::I8042_PORT, 5, shared(reset))?;
         let mmio = &mut self.bus.mmio;
-        mmio.insert(layout::PVPANIC, 1, shared(legacy::PvPanic::new(events.clone())))?;
+        mmio.insert(
+            layout::PVPANIC,
+            1,
+            shared(legacy::PvPanic::new(events.clone())),
+        )?;
         mmio.insert(
             layout::SLEEP_REGISTERS,
             legacy::sleep::LEN,
@@ -350,7 +378,10 @@ impl Builder<'_> {
             .and_then(|serial| serial.serial_out_path.as_ref());
         let output = match path {
             Some(source) => {
-                let open = self.parts.descriptors.open("serial_out_path", source, Expect::Output);
+                let open = self
+                    .parts
+                    .descriptors
+                    .open("serial_out_path", source, Expect::Output);
                 Some(OwnedFd::from(open?))
             }
             None => rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3).ok(),

@@ -14,7 +14,7 @@ use crate::virtio::mmio::{Transport, lock};
 
 /// From vCPU threads to the event loop.
 #[derive(Debug)]
-pub enum Notice {
+pub(super) enum Notice {
     Event(MachineEvent),
     Fault(Fault),
 }
@@ -22,13 +22,13 @@ pub enum Notice {
 /// The sending end of the notices. A guest can cause many only on its way down, and each
 /// of its writes costs it an exit; the queue is emptied at every turn of the loop.
 #[derive(Clone)]
-pub struct Notifier {
+pub(super) struct Notifier {
     queue: Arc<Mutex<Sender<Notice>>>,
     waker: Arc<EventFd>,
 }
 
 impl Notifier {
-    pub fn send(&self, notice: Notice) {
+    pub(super) fn send(&self, notice: Notice) {
         let queue = self
             .queue
             .lock()
@@ -40,13 +40,13 @@ impl Notifier {
 }
 
 /// The receiving end.
-pub struct Notices {
+pub(super) struct Notices {
     queue: Receiver<Notice>,
     waker: Arc<EventFd>,
 }
 
 impl Notices {
-    pub fn new() -> std::io::Result<(Notifier, Self)> {
+    pub(super) fn new() -> std::io::Result<(Notifier, Self)> {
         let (sender, queue) = channel();
         let waker = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         let notifier = Notifier {
@@ -56,26 +56,26 @@ impl Notices {
         Ok((notifier, Self { queue, waker }))
     }
 
-    pub fn next(&self) -> Option<Notice> {
+    pub(super) fn next(&self) -> Option<Notice> {
         let _ = self.waker.read();
         self.queue.try_recv().ok()
     }
 
-    pub fn fd(&self) -> RawFd {
+    pub(super) fn fd(&self) -> RawFd {
         self.waker.as_raw_fd()
     }
 }
 
 /// What woke the event loop beside devices; read and cleared by the loop itself.
 #[derive(Clone, Default)]
-pub struct Woken {
-    pub commands: Rc<Cell<bool>>,
-    pub notices: Rc<Cell<bool>>,
-    pub signals: Rc<Cell<bool>>,
+pub(super) struct Woken {
+    pub(super) commands: Rc<Cell<bool>>,
+    pub(super) notices: Rc<Cell<bool>>,
+    pub(super) signals: Rc<Cell<bool>>,
 }
 
 /// A subscriber of the event manager.
-pub enum Subscriber {
+pub(super) enum Subscriber {
     /// Descriptors whose readers are in the loop: the flags say which is ready.
     Control {
         sources: Vec<(RawFd, Rc<Cell<bool>>)>,
@@ -85,10 +85,10 @@ pub enum Subscriber {
 
 /// The queues and host descriptors of one device.
 #[derive(Clone)]
-pub struct DeviceEvents {
-    pub transport: Arc<Mutex<Transport>>,
-    /// One for each queue, in order, signalled by KVM.
-    pub kicks: Arc<[EventFd]>,
+pub(super) struct DeviceEvents {
+    pub(super) transport: Arc<Mutex<Transport>>,
+    /// Queues, each with what KVM signals when the driver kicks it.
+    pub(super) kicks: Arc<[(u32, EventFd)]>,
 }
 
 /// Event data from here on are tokens of host descriptors, below are queues.
@@ -113,8 +113,8 @@ impl MutEventSubscriber for Subscriber {
             Self::Device(device) => {
                 // Edge-triggered kicks are never read: KVM signals each, and a read would
                 // cost a system call a kick.
-                let kicks = device.kicks.iter().zip(0..).map(|(fd, queue)| {
-                    Events::with_data(fd, queue, EventSet::IN | EventSet::EDGE_TRIGGERED)
+                let kicks = device.kicks.iter().map(|(queue, fd)| {
+                    Events::with_data(fd, *queue, EventSet::IN | EventSet::EDGE_TRIGGERED)
                 });
                 let host = lock(&device.transport).host_events();
                 let host = host.iter().map(|event| {

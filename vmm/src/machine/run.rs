@@ -20,8 +20,8 @@ use crate::api::{
 use crate::backend::inherited;
 use crate::config::{Expect, Logger, Source, VmConfig};
 use crate::legacy::MachineEvent;
-use crate::log;
 use crate::metrics::{FLUSH_PERIOD, Metrics, Registry};
+use crate::{log, log_error, log_info, log_limited, log_warn};
 
 /// Exit status of a command line that is wrong.
 const BAD_COMMAND_LINE: i32 = 2;
@@ -67,9 +67,7 @@ fn run(args: Args, started: Instant) -> i32 {
         Ending::Failed(message) => {
             log_error!("{message}");
             // Whoever started us by hand sees it, wherever the log goes.
-            if log::has_output() {
-                eprintln!("belljar-vmm: {message}");
-            }
+            eprintln!("belljar-vmm: {message}");
         }
         Ending::PoweredOff | Ending::Stopped => log_info!("end: {ending}"),
         _ => log_warn!("end: {ending}"),
@@ -111,8 +109,8 @@ struct Machine {
 
 impl Machine {
     fn new(args: Args, started: Instant) -> Result<(Self, Option<ApiHandle>), String> {
-        let inherited = inherited::adopt(&args.fds)
-            .map_err(|(name, error)| format!("--fd {name}: {error}"))?;
+        let inherited =
+            inherited::adopt(&args.fds).map_err(|(name, error)| format!("--fd {name}: {error}"))?;
         let mut configurator = Configurator::default();
         configurator
             .add_descriptors(inherited)
@@ -330,14 +328,14 @@ impl Machine {
             Effect::Start => self.start()?,
             Effect::Pause => self.pause()?,
             Effect::Resume => self.resume(),
-            Effect::FlushMetrics => self.metrics.flush().map_err(Fault::from_error)?,
+            Effect::FlushMetrics => self.write_metrics().map_err(Fault::from_error)?,
             Effect::SendCtrlAltDel => return Err(no_keyboard()),
             Effect::Stop => self.ending = Some(Ending::Stopped),
             Effect::SetLogger(logger) => self.set_logger(logger)?,
             Effect::SetMetrics(metrics) => self.set_metrics(&metrics.metrics_path)?,
             device => return self.carry_out_on_device(device),
         }
-        Ok(Body::None)
+        Ok(Body::Empty)
     }
 
     fn carry_out_on_device(&mut self, effect: &Effect) -> Result<Body, Fault> {
@@ -381,7 +379,6 @@ impl Machine {
             remove(&self.sockets);
             Fault::from_error(error)
         })?;
-        super::devices::register_metrics(&guest, self.metrics.registry());
         self.guest = Some(guest);
         self.resume();
         log_info!("guest started");
@@ -443,10 +440,17 @@ impl Machine {
     }
 
     fn flush_metrics(&mut self) {
-        if let Err(error) = self.metrics.flush() {
+        if let Err(error) = self.write_metrics() {
             log_limited!(log::Level::Warn, "metrics: {error}");
         }
         self.next_flush = Some(Instant::now() + FLUSH_PERIOD);
+    }
+
+    fn write_metrics(&mut self) -> io::Result<()> {
+        if let Some(guest) = &self.guest {
+            super::devices::update_metrics(guest, self.metrics.registry());
+        }
+        self.metrics.flush()
     }
 
     /// Everything that must happen before the process ends.
@@ -455,7 +459,6 @@ impl Machine {
             // vCPUs may still run; what they do no longer matters, but what they were told
             // is on disk must be.
             guest.drain_devices();
-            super::devices::update_metrics(guest, self.metrics.registry());
             if matches!(ending, Ending::Panicked | Ending::TripleFault) {
                 let tail = guest.console.tail(PANIC_LINES, PANIC_BYTES);
                 log_warn!("last console lines:\n{}", String::from_utf8_lossy(&tail));
@@ -463,7 +466,7 @@ impl Machine {
         }
         self.published.set_state(InstanceState::NotStarted);
         if self.next_flush.is_some() {
-            let _ = self.metrics.flush();
+            let _ = self.write_metrics();
         }
         remove(&self.sockets);
     }

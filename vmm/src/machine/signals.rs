@@ -16,7 +16,7 @@ extern "C" fn on_signal(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c
 }
 
 /// A descriptor that becomes readable when a signal asks the process to end.
-pub fn watch() -> io::Result<RawFd> {
+pub(super) fn watch() -> io::Result<RawFd> {
     let waker = match ASKED_TO_END.get() {
         Some(waker) => waker,
         None => {

@@ -48,7 +48,8 @@ pub fn allocate(mib: u64, huge_pages: HugePages) -> Result<GuestRam, MemoryError
     let mut regions = Vec::with_capacity(2);
     for (start, len) in layout::ram_ranges(bytes) {
         let len = len as usize;
-        let host = map_aligned(len, huge_pages).map_err(|source| MemoryError::Map { mib, source })?;
+        let host =
+            map_aligned(len, huge_pages).map_err(|source| MemoryError::Map { mib, source })?;
         // SAFETY: `host` is a fresh private mapping of `len` bytes that nobody else knows of
         // and that is never unmapped: guest RAM lives as long as the process.
         let mapping = unsafe {

@@ -14,7 +14,6 @@
 //! device, from whichever thread has work (a vCPU for registers, the event loop for kicks
 //! and host descriptors). A device never sees KVM: it has guest RAM, its queues, and an
 //! [`Interrupt`]. So every device runs in unit tests and fuzzers without a VM.
-use std::any::Any;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -119,7 +118,7 @@ pub enum DeviceError {
 
 /// One virtio device. Implementations are `Send`, never block on anything a guest or a
 /// peer controls, and do at most a queue's length of work per call.
-pub trait VirtioDevice: Any + Send {
+pub trait VirtioDevice: Send {
     /// Device id (virtio 1.2 §5): 2 is a block device, 19 a socket device, …
     fn device_type(&self) -> u32;
 

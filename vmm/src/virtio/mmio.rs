@@ -4,7 +4,6 @@
 //! Queue registers can be set only between FEATURES_OK and DRIVER_OK, and a queue works only
 //! after it was found valid: a driver that moves a queue under a working device was the way
 //! out of a peer's sandbox.
-use std::any::Any;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_config::{
@@ -85,13 +84,12 @@ pub fn lock(transport: &Mutex<Transport>) -> MutexGuard<'_, Transport> {
 
 impl Transport {
     /// `None` if the device names a queue size that is no power of two.
-    pub fn new(
-        device: Box<dyn VirtioDevice>,
-        mem: Arc<GuestRam>,
-        irq: Interrupt,
-    ) -> Option<Self> {
-        let queues: Result<Vec<_>, _> =
-            device.queue_sizes().iter().map(|max| Queue::new(*max)).collect();
+    pub fn new(device: Box<dyn VirtioDevice>, mem: Arc<GuestRam>, irq: Interrupt) -> Option<Self> {
+        let queues: Result<Vec<_>, _> = device
+            .queue_sizes()
+            .iter()
+            .map(|max| Queue::new(*max))
+            .collect();
         Some(Self {
             device,
             mem,
@@ -110,44 +108,32 @@ impl Transport {
         self.device.name()
     }
 
-    pub fn queue_count(&self) -> usize {
-        self.queues.len()
+    /// Queues whose kicks go through an event fd; those of the others are register writes.
+    pub fn polled_queues(&self) -> Vec<u32> {
+        let queues = 0..self.queues.len();
+        queues
+            .filter(|queue| !self.device.kicked_synchronously(*queue))
+            .map(|queue| queue as u32)
+            .collect()
     }
 
     pub fn host_events(&self) -> Vec<HostEvent> {
         self.device.host_events()
     }
 
-    /// Calls a method that only devices of type `D` have, with what it needs while the device
-    /// is active (`None` while it is not). `None` if this is no `D`, or if the call failed and
-    /// the device now needs a reset.
-    pub fn with<D: VirtioDevice, R>(
+    /// Calls into the device with what it needs while it is active (`None` while it is not).
+    fn with_device(
         &mut self,
-        call: impl FnOnce(&mut D, Option<&mut DeviceIo<'_>>) -> Result<R, DeviceError>,
-    ) -> Option<R> {
-        self.with_device(|device, io| {
-            let device: &mut dyn Any = device;
-            device.downcast_mut::<D>().map(|d| call(d, io)).transpose()
-        })
-        .flatten()
-    }
-
-    fn with_device<R>(
-        &mut self,
-        call: impl FnOnce(&mut dyn VirtioDevice, Option<&mut DeviceIo<'_>>) -> Result<R, DeviceError>,
-    ) -> Option<R> {
+        call: impl FnOnce(&mut dyn VirtioDevice, Option<&mut DeviceIo<'_>>) -> Result<(), DeviceError>,
+    ) {
         let active = self.is_active();
         let mut io = DeviceIo {
             mem: &self.mem,
             queues: &mut self.queues,
             irq: &self.irq,
         };
-        match call(self.device.as_mut(), active.then_some(&mut io)) {
-            Ok(value) => Some(value),
-            Err(error) => {
-                self.fail(&error);
-                None
-            }
+        if let Err(error) = call(self.device.as_mut(), active.then_some(&mut io)) {
+            self.fail(&error);
         }
     }
 
@@ -211,8 +197,8 @@ impl Transport {
 
     /// The selected queue, if its registers may be written now.
     fn queue_mut(&mut self) -> Option<&mut Queue> {
-        let configuring = self.status & (FEATURES_OK | DRIVER_OK | NEEDS_RESET | FAILED)
-            == FEATURES_OK;
+        let configuring =
+            self.status & (FEATURES_OK | DRIVER_OK | NEEDS_RESET | FAILED) == FEATURES_OK;
         if !configuring {
             return None;
         }
@@ -246,21 +232,31 @@ impl Transport {
             r::DRIVER_FEATURES => self.set_driver_features(value),
             r::QUEUE_SEL => self.queue_sel = value,
             r::QUEUE_NUM => {
-                let Some(queue) = self.queue_mut() else { return };
+                let Some(queue) = self.queue_mut() else {
+                    return;
+                };
                 // A size that is no power of two or too large is ignored by the queue, and
                 // what is read back tells the driver.
                 queue.set_size(u16::try_from(value).unwrap_or(0));
             }
             r::QUEUE_READY => {
-                let Some(queue) = self.queue_mut() else { return };
+                let Some(queue) = self.queue_mut() else {
+                    return;
+                };
                 queue.set_ready(value == 1);
             }
             r::QUEUE_DESC_LOW => self.set_address(|q| q.set_desc_table_address(Some(value), None)),
             r::QUEUE_DESC_HIGH => self.set_address(|q| q.set_desc_table_address(None, Some(value))),
-            r::QUEUE_DRIVER_LOW => self.set_address(|q| q.set_avail_ring_address(Some(value), None)),
-            r::QUEUE_DRIVER_HIGH => self.set_address(|q| q.set_avail_ring_address(None, Some(value))),
+            r::QUEUE_DRIVER_LOW => {
+                self.set_address(|q| q.set_avail_ring_address(Some(value), None))
+            }
+            r::QUEUE_DRIVER_HIGH => {
+                self.set_address(|q| q.set_avail_ring_address(None, Some(value)))
+            }
             r::QUEUE_DEVICE_LOW => self.set_address(|q| q.set_used_ring_address(Some(value), None)),
-            r::QUEUE_DEVICE_HIGH => self.set_address(|q| q.set_used_ring_address(None, Some(value))),
+            r::QUEUE_DEVICE_HIGH => {
+                self.set_address(|q| q.set_used_ring_address(None, Some(value)))
+            }
             // Normally an ioeventfd takes these.
             r::QUEUE_NOTIFY => self.kicked(value as usize),
             r::INTERRUPT_ACK => self.irq.acknowledge(value),

@@ -1,0 +1,81 @@
+//! Calls of the API that a device carries out, and the counters of devices.
+use super::guest::Guest;
+use crate::api::{Body, Effect, Fault};
+use crate::config::{Descriptors, DrivePatch, Expect};
+use crate::metrics::Registry;
+use crate::virtio::balloon::BalloonHandle;
+
+/// Carries out what `effect` asks of a device; nothing has changed if it fails.
+pub(super) fn carry_out(
+    guest: &Guest,
+    descriptors: &Descriptors,
+    effect: &Effect,
+) -> Result<Body, Fault> {
+    match effect {
+        Effect::UpdateDrive(patch) => update_drive(guest, descriptors, patch)?,
+        Effect::UpdateBalloon(update) => balloon(guest)?.set_target(update.amount_mib),
+        Effect::UpdateBalloonStats(update) => balloon(guest)?
+            .set_stats_interval(update.stats_polling_interval_s)
+            .map_err(Fault::from_error)?,
+        Effect::ReadBalloonStats => return Body::json(&balloon(guest)?.stats()),
+        Effect::StartHinting(start) => balloon(guest)?.start_hinting(start.acknowledge_on_stop),
+        Effect::StopHinting => balloon(guest)?.stop_hinting(),
+        Effect::ReadHinting => return Body::json(&balloon(guest)?.hinting()),
+        other => return Err(Fault::new(format!("{other:?} is no call of a device"))),
+    }
+    Ok(Body::Empty)
+}
+
+fn balloon(guest: &Guest) -> Result<&BalloonHandle, Fault> {
+    guest
+        .balloon
+        .as_ref()
+        .ok_or_else(|| Fault::new("there is no balloon device"))
+}
+
+fn update_drive(guest: &Guest, descriptors: &Descriptors, patch: &DrivePatch) -> Result<(), Fault> {
+    let id = &patch.drive_id;
+    let Some(drive) = guest.drives.get(id) else {
+        return Err(Fault::new(format!("drive_id: there is no drive {id:?}")));
+    };
+    let Some(path) = &patch.path_on_host else {
+        drive.control.rescan();
+        return Ok(());
+    };
+    let expect = if drive.read_only {
+        Expect::ReadDisk
+    } else {
+        Expect::WriteDisk
+    };
+    let field = format!("drive {id:?}: path_on_host");
+    let file = descriptors
+        .open(&field, path, expect)
+        .map_err(Fault::from_error)?;
+    drive
+        .control
+        .replace(file, &path.to_string())
+        .map_err(Fault::from_error)
+}
+
+/// Copies what devices count into the metrics; before every line that is written.
+pub(super) fn update_metrics(guest: &Guest, registry: &Registry) {
+    use std::sync::atomic::Ordering::Relaxed;
+    let set = |group: &str, name: &str, value: u64| registry.gauge(group, name).set(value);
+    let exits = &guest.bus.exits;
+    set("vcpu", "exit_mmio_read", exits.mmio_read.load(Relaxed));
+    set("vcpu", "exit_mmio_write", exits.mmio_write.load(Relaxed));
+    set("vcpu", "exit_io_in", exits.port_in.load(Relaxed));
+    set("vcpu", "exit_io_out", exits.port_out.load(Relaxed));
+    set("vcpu", "exit_interrupted", exits.interrupted.load(Relaxed));
+    for (id, drive) in &guest.drives {
+        let group = format!("block_{id}");
+        let stats = &drive.stats;
+        set(&group, "read_count", stats.reads.load(Relaxed));
+        set(&group, "write_count", stats.writes.load(Relaxed));
+        set(&group, "flush_count", stats.flushes.load(Relaxed));
+        set(&group, "discard_count", stats.discards.load(Relaxed));
+        set(&group, "read_bytes", stats.read_bytes.load(Relaxed));
+        set(&group, "write_bytes", stats.write_bytes.load(Relaxed));
+        set(&group, "failed_count", stats.failed.load(Relaxed));
+    }
+}
