@@ -25,13 +25,14 @@ use crate::kvm::{GuestBus, Vcpu, VcpuError, Vm, VmError};
 use crate::legacy::{self, MachineEvents};
 use crate::memory::discard::AnonymousPages;
 use crate::memory::{self, GuestRam, MemoryError};
+use crate::metrics::Registry;
 use crate::virtio::balloon::{Balloon, BalloonHandle};
 use crate::virtio::blk;
 use crate::virtio::console::{Console, ConsoleConfig, ConsoleHandle};
 use crate::virtio::device::{Interrupt, VirtioDevice};
 use crate::virtio::mmio::{Transport, register};
 use crate::virtio::rng::Rng;
-use crate::virtio::vsock::{Dial, Vsock};
+use crate::virtio::vsock::{Counters, Dial, Vsock};
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum AssembleError {
@@ -102,6 +103,7 @@ pub(super) struct Parts<'a> {
     pub(super) config: &'a VmConfig,
     pub(super) descriptors: &'a Descriptors,
     pub(super) notifier: &'a Notifier,
+    pub(super) metrics: &'a Registry,
     /// Socket files that the guest's devices made, to be removed at the end.
     pub(super) sockets: &'a mut Vec<PathBuf>,
 }
@@ -114,10 +116,7 @@ pub(super) fn build(prepared: Prepared, parts: Parts<'_>) -> Result<Guest> {
         cpuid,
     } = prepared;
     let machine = &parts.config.machine_config;
-    let ram = Arc::new(memory::allocate(
-        u64::from(machine.mem_size_mib),
-        machine.huge_pages,
-    )?);
+    let ram = Arc::new(memory::allocate(u64::from(machine.mem_size_mib))?);
     let mut builder = Builder {
         vm: &mut vm,
         ram: Arc::clone(&ram),
@@ -255,7 +254,9 @@ impl Builder<'_> {
                 }
             }
         };
-        let device = Vsock::new(vsock.guest_cid, listener, dial).map_err(device("vsock"))?;
+        let counters = Counters::new(self.parts.metrics);
+        let device =
+            Vsock::new(vsock.guest_cid, listener, dial, counters).map_err(device("vsock"))?;
         self.add_virtio(Box::new(device))
     }
 

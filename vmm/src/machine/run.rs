@@ -368,6 +368,7 @@ impl Machine {
                 config: self.configurator.config(),
                 descriptors: self.configurator.descriptors(),
                 notifier: &self.notifier,
+                metrics: self.metrics.registry(),
                 sockets: &mut made,
             },
         );

@@ -12,7 +12,6 @@ use vm_memory::mmap::MmapRegionError;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 use crate::arch::x86_64::layout;
-use crate::config::HugePages;
 
 /// Guest RAM as every device sees it. Looked up on every access: a raw pointer that
 /// outlives one request is how peers turned queue bugs into memory-safety bugs.
@@ -40,7 +39,7 @@ pub struct Slot {
 }
 
 /// Maps `mib` MiB of zeroed guest RAM: below the MMIO hole, the rest from 4 GiB on.
-pub fn allocate(mib: u64, huge_pages: HugePages) -> Result<GuestRam, MemoryError> {
+pub fn allocate(mib: u64) -> Result<GuestRam, MemoryError> {
     let bytes = mib
         .checked_mul(1 << 20)
         .filter(|b| *b <= usize::MAX as u64 / 2)
@@ -48,8 +47,7 @@ pub fn allocate(mib: u64, huge_pages: HugePages) -> Result<GuestRam, MemoryError
     let mut regions = Vec::with_capacity(2);
     for (start, len) in layout::ram_ranges(bytes) {
         let len = len as usize;
-        let host =
-            map_aligned(len, huge_pages).map_err(|source| MemoryError::Map { mib, source })?;
+        let host = map_aligned(len).map_err(|source| MemoryError::Map { mib, source })?;
         // SAFETY: `host` is a fresh private mapping of `len` bytes that nobody else knows of
         // and that is never unmapped: guest RAM lives as long as the process.
         let mapping = unsafe {
@@ -78,7 +76,7 @@ const MAP_FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORES
 
 /// Maps `len` bytes whose start is aligned to a huge page, names them, and keeps them out of
 /// core dumps: what a guest holds in RAM is its own business.
-fn map_aligned(len: usize, huge_pages: HugePages) -> io::Result<*mut u8> {
+fn map_aligned(len: usize) -> io::Result<*mut u8> {
     let padded = len
         .checked_add(HUGE_PAGE)
         .ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
@@ -110,9 +108,6 @@ fn map_aligned(len: usize, huge_pages: HugePages) -> io::Result<*mut u8> {
         }
         // All are best effort: an old kernel cannot name mappings, and says so by EINVAL.
         libc::madvise(start as *mut _, len, libc::MADV_DONTDUMP);
-        if huge_pages == HugePages::Transparent {
-            libc::madvise(start as *mut _, len, libc::MADV_HUGEPAGE);
-        }
         libc::prctl(
             libc::PR_SET_VMA,
             libc::PR_SET_VMA_ANON_NAME,
@@ -131,7 +126,7 @@ mod tests {
 
     #[test]
     fn small_ram_is_one_aligned_region() {
-        let ram = allocate(33, HugePages::None).unwrap();
+        let ram = allocate(33).unwrap();
         let slots = slots(&ram);
         assert_eq!(slots.len(), 1);
         assert_eq!(slots[0].len, 33 << 20);
@@ -142,7 +137,7 @@ mod tests {
 
     #[test]
     fn large_ram_continues_above_the_hole() {
-        let ram = allocate(3 * 1024 + 512, HugePages::None).unwrap();
+        let ram = allocate(3 * 1024 + 512).unwrap();
         assert_eq!(ram.num_regions(), 2);
         ram.write_obj(1u8, GuestAddress((4 << 30) + (512 << 20) - 1))
             .unwrap();
@@ -151,7 +146,7 @@ mod tests {
 
     #[test]
     fn absurd_sizes_are_errors() {
-        assert!(allocate(u64::MAX, HugePages::None).is_err());
-        assert!(allocate(1 << 43, HugePages::None).is_err());
+        assert!(allocate(u64::MAX).is_err());
+        assert!(allocate(1 << 43).is_err());
     }
 }

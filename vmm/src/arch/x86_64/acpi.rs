@@ -262,7 +262,6 @@ fn add_pvpanic(add: &mut impl FnMut(&dyn Aml)) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::HugePages;
     use crate::memory::allocate;
 
     fn sum(bytes: &[u8]) -> u8 {
@@ -282,7 +281,7 @@ mod tests {
 
     #[test]
     fn every_table_is_reachable_and_sums_to_zero() {
-        let ram = allocate(32, HugePages::None).unwrap();
+        let ram = allocate(32).unwrap();
         let devices: Vec<_> = (0..layout::VIRTIO_MAX_DEVICES)
             .map(|i| MmioDevice {
                 address: layout::VIRTIO_MMIO_START + i as u64 * layout::VIRTIO_MMIO_LEN,

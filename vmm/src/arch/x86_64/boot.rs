@@ -181,13 +181,12 @@ fn write_start_info(ram: &GuestRam, info: &BootInfo<'_>) -> Result<(), BootError
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::HugePages;
     use crate::memory::allocate;
 
     #[test]
     fn the_memory_map_covers_all_ram_without_overlap() {
         for mib in [32, 3072, 5000] {
-            let ram = allocate(mib, HugePages::None).unwrap();
+            let ram = allocate(mib).unwrap();
             let mut map = memory_map(&ram);
             map.sort_unstable();
             for pair in map.windows(2) {
@@ -203,7 +202,7 @@ mod tests {
 
     #[test]
     fn overlong_and_odd_command_lines_are_refused() {
-        let ram = allocate(32, HugePages::None).unwrap();
+        let ram = allocate(32).unwrap();
         write_command_line(&ram, &"x".repeat(2047)).unwrap();
         assert!(write_command_line(&ram, &"x".repeat(2048)).is_err());
         assert!(write_command_line(&ram, "a\0b").is_err());

@@ -92,12 +92,11 @@ fn fix_checksum(bytes: &mut [u8], at: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::HugePages;
     use crate::memory::allocate;
 
     #[test]
     fn pointer_leads_to_a_table_that_sums_to_zero() {
-        let ram = allocate(32, HugePages::None).unwrap();
+        let ram = allocate(32).unwrap();
         for cpus in [1, 2, 32] {
             write(&ram, cpus).unwrap();
             let mut pointer = [0u8; 16];

@@ -188,7 +188,6 @@ pub fn wire_lapic(lapic: &mut kvm_lapic_state) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::HugePages;
     use crate::memory::allocate;
 
     #[test]
@@ -200,7 +199,7 @@ mod tests {
 
     #[test]
     fn long_mode_maps_the_first_gib_one_to_one() {
-        let ram = allocate(32, HugePages::None).unwrap();
+        let ram = allocate(32).unwrap();
         let mut sregs = kvm_sregs::default();
         system(
             &ram,
