@@ -27,7 +27,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use self::host::{EVENTS, Host, Token};
-use self::muxer::{Counters, Muxer};
+pub use self::muxer::Counters;
+use self::muxer::Muxer;
 use super::chain::Chain;
 use super::device::{DeviceError, DeviceIo, HostEvent, VirtioDevice};
 use crate::backend::unix::{Listener, Spare};
