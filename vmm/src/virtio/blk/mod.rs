@@ -1,10 +1,12 @@
 //! virtio-blk (virtio 1.2 §5.2): one drive, one queue, over any [`Disk`].
 //!
-//! `request` turns chains into checked operations, `config` is what the driver reads; this
-//! file moves requests between the queue and the disk.
+//! `request` turns chains into checked operations, `config` is what the driver reads, `work`
+//! knows what is in flight, `control` changes the medium; this file moves requests between
+//! the queue and the disk.
 mod config;
 mod control;
 mod request;
+mod work;
 
 use std::io;
 use std::sync::Arc;
@@ -21,6 +23,7 @@ pub use self::control::Control;
 use self::control::Order;
 pub use self::control::open_disk;
 use self::request::{ByteRange, ID_BYTES, Request, Rules, Status};
+use self::work::{InFlight, Work};
 use super::chain::{self, Again, Chain, Outcome};
 use super::device::{DeviceError, DeviceIo, HostEvent, VirtioDevice};
 use crate::backend::disk::{Disk, Op, Started};
@@ -64,15 +67,6 @@ pub struct Stats {
     pub failed: AtomicU64,
 }
 
-/// A request whose operation runs.
-#[derive(Clone, Copy, Debug)]
-struct InFlight {
-    head: u16,
-    status: GuestAddress,
-    /// Bytes of data the guest gets, if it succeeds.
-    written: u32,
-}
-
 /// A block device.
 pub struct Block {
     name: String,
@@ -84,17 +78,6 @@ pub struct Block {
     again: Arc<Again>,
     control: Control,
     work: Work,
-}
-
-/// What changes from request to request.
-struct Work {
-    disk: Box<dyn Disk>,
-    features: u64,
-    chain: Chain,
-    /// By tag; as long as the disk is deep.
-    in_flight: Vec<Option<InFlight>>,
-    free_tags: Vec<u16>,
-    done: Vec<(u16, io::Result<()>)>,
 }
 
 impl Block {
@@ -355,6 +338,26 @@ impl Block {
         chain::add_used(mem, queue, 0, request.head, len)
     }
 
+    /// The event loop was woken: by completions, by an order, or by ourselves.
+    fn wake(&mut self, io: &mut DeviceIo<'_>, order: Option<Order>) -> Result<(), DeviceError> {
+        self.complete(io, order.is_some())?;
+        if let Some(order) = order
+            && self.obey(order)?
+        {
+            io.irq.config_changed();
+        }
+        self.process(io)
+    }
+
+    /// After an error the transport leaves the device alone until it is reset, and the VM may
+    /// be paused and saved before that: so nothing may stay in flight.
+    fn settled(&mut self, result: Result<(), DeviceError>) -> Result<(), DeviceError> {
+        if result.is_err() {
+            self.work.settle();
+        }
+        result
+    }
+
     /// Carries out what came through [`Control`]; `true` if the driver has to look at the
     /// configuration again. Nothing may be in flight.
     fn obey(&mut self, order: Order) -> Result<bool, DeviceError> {
@@ -416,7 +419,11 @@ impl VirtioDevice for Block {
     }
 
     fn queue_notified(&mut self, io: &mut DeviceIo<'_>, queue: usize) -> Result<(), DeviceError> {
-        if queue == 0 { self.process(io) } else { Ok(()) }
+        if queue != 0 {
+            return Ok(());
+        }
+        let result = self.process(io);
+        self.settled(result)
     }
 
     fn host_events(&self) -> Vec<HostEvent> {
@@ -437,75 +444,17 @@ impl VirtioDevice for Block {
             // Not active: nothing in flight, and the driver reads the configuration later.
             return order.map_or(Ok(()), |order| self.obey(order).map(|_| ()));
         };
-        self.complete(io, order.is_some())?;
-        if let Some(order) = order
-            && self.obey(order)?
-        {
-            io.irq.config_changed();
-        }
-        self.process(io)
+        let result = self.wake(io, order);
+        self.settled(result)
     }
 
     fn drain(&mut self, io: &mut DeviceIo<'_>) -> Result<(), DeviceError> {
-        self.complete(io, true)
+        let result = self.complete(io, true);
+        self.settled(result)
     }
 
     fn reset(&mut self) {
         self.work.reset();
-    }
-}
-
-impl Work {
-    fn new(disk: Box<dyn Disk>) -> Self {
-        let depth = disk.depth();
-        Self {
-            disk,
-            features: 0,
-            chain: Chain::new(),
-            in_flight: vec![None; usize::from(depth)],
-            free_tags: (0..depth).rev().collect(),
-            done: Vec::new(),
-        }
-    }
-
-    /// Waits for what a failed drain may have left, and forgets it: the driver's rings are
-    /// gone.
-    fn reset(&mut self) {
-        self.features = 0;
-        if self.is_deep() {
-            let _ = self.disk.reap(true, &mut self.done);
-            self.done.clear();
-            self.in_flight.fill(None);
-            self.free_tags.clear();
-            self.free_tags.extend((0..self.disk.depth()).rev());
-        }
-    }
-
-    fn is_deep(&self) -> bool {
-        !self.in_flight.is_empty()
-    }
-
-    fn has_room(&self) -> bool {
-        !self.is_deep() || !self.free_tags.is_empty()
-    }
-
-    fn next_tag(&self) -> u16 {
-        self.free_tags.last().copied().unwrap_or(0)
-    }
-
-    /// The operation with `next_tag` runs.
-    fn remember(&mut self, request: InFlight) {
-        if let Some(tag) = self.free_tags.pop()
-            && let Some(slot) = self.in_flight.get_mut(usize::from(tag))
-        {
-            *slot = Some(request);
-        }
-    }
-
-    fn forget(&mut self, tag: u16) -> Option<InFlight> {
-        let request = self.in_flight.get_mut(usize::from(tag))?.take()?;
-        self.free_tags.push(tag);
-        Some(request)
     }
 }
 

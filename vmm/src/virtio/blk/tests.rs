@@ -363,6 +363,22 @@ fn reset_and_drain_leave_nothing_in_flight() {
 }
 
 #[test]
+fn a_broken_ring_leaves_nothing_in_flight() {
+    let mut d = drive_with(false, IoEngine::Async);
+    let at = d.h.alloc(8192);
+    for _ in 0..50 {
+        d.push(IN, 16, &[Buffer::writable(at, 8192)]);
+    }
+    // The 51st request is not one.
+    d.h.push(0, &[Buffer::readable(at, 1)]);
+    d.h.kick(0).unwrap_err();
+    assert_eq!(d.h.device.work.in_flight.iter().flatten().count(), 0);
+    d.h.mem.write_slice(&[0xab; 8192], at).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    assert_eq!(d.h.bytes(at, 8192), [0xab; 8192]);
+}
+
+#[test]
 fn a_device_dropped_with_requests_in_flight_waits_for_them() {
     let mut d = drive_with(false, IoEngine::Async);
     let at = d.h.alloc(1 << 20);
