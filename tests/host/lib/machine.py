@@ -69,6 +69,10 @@ class Machine:
     def start(self, shape: Shape, kernel: HostKernel, job: dict[str, bytes]) -> None:
         if shutil.which(QEMU) is None:
             raise HostError(f"{QEMU} is missing\n  remedy: apt-get install qemu-system-x86 qemu-system-common")
+        if os.geteuid() != 0:
+            # overlayfs opens every file below it with O_NOATIME, which the kernel grants to a file's owner
+            # and root only: in a user namespace virtiofsd can serve next to nothing of this machine's tree.
+            raise HostError("the emulated host needs root, to serve this machine's files\n  remedy: sudo -E, or a machine with hardware virtualisation")
         stdout, stderr, control, serial = (end.fileno() for end in self.inherited)
         tree = self.serve_files("/")
         job = {**job, "mark": self.mark}
@@ -82,7 +86,7 @@ class Machine:
             "-object", f"memory-backend-memfd,id=memory,size={shape.memory_mib}M,share=on",
             "-numa", "node,memdev=memory",
             "-kernel", str(kernel.vmlinuz), "-initrd", f"/proc/self/fd/{image}",
-            "-append", "console=ttyS0 reboot=t panic=-1 mitigations=off quiet",
+            "-append", "console=ttyS0 reboot=t panic=-1 mitigations=off tsc=reliable quiet",
             "-chardev", f"socket,id=serial,fd={serial}", "-serial", "chardev:serial",
             "-device", "virtio-serial-pci",
             "-chardev", f"socket,id=stdout,fd={stdout}", "-device", "virtserialport,nr=1,chardev=stdout",
