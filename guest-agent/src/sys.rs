@@ -75,6 +75,16 @@ pub(crate) fn kill_everything(signal: c_int) {
     }
 }
 
+/// Sends a signal to a process group, by number: programs may use those without a name, too. What
+/// is no signal, or no group any more, is ignored.
+pub(crate) fn signal_group(leader: i32, number: u32) {
+    // 0 and 1 would mean other things than a group: our own, and every process.
+    if let (2.., Ok(number @ 1..=64)) = (leader, c_int::try_from(number)) {
+        // SAFETY: a plain call with numbers only.
+        unsafe { libc::kill(-leader, number) };
+    }
+}
+
 /// Replaces this process by its own program, `/proc/self/exe`. Returns only on failure.
 pub(crate) fn run_again(arguments: &[&CStr]) -> io::Error {
     let mut argv: Vec<*const c_char> = arguments.iter().map(|argument| argument.as_ptr()).collect();

@@ -4,6 +4,7 @@
 //! Making a cgroup takes longer than starting a program, so an empty one is kept ready and used
 //! again; making and removing happen while the agent is idle.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -30,6 +31,9 @@ pub(crate) struct Leaf {
     folder: OwnedFd,
     /// Count of out-of-memory kills when the program was started in it.
     oom_kills: u64,
+    /// It was killed once: Linux (seen on 6.18) then kills everything that `clone3` starts in it,
+    /// too, so it is not used again.
+    killed: Cell<bool>,
 }
 
 impl Leaf {
@@ -40,6 +44,7 @@ impl Leaf {
 
     /// SIGKILL to everything in it.
     pub(crate) fn kill(&self) -> io::Result<()> {
+        self.killed.set(true);
         write(&self.folder, "cgroup.kill", "1")
     }
 
@@ -87,7 +92,7 @@ impl Cgroups {
     /// Takes a cgroup back whose program has ended.
     pub(crate) fn give_back(&mut self, leaf: Leaf) {
         match is_populated(&leaf.folder) {
-            Some(false) if self.idle.len() < KEPT => {
+            Some(false) if self.idle.len() < KEPT && !leaf.killed.get() => {
                 let oom_kills = oom_kills(&leaf.folder);
                 self.idle.push(Leaf { oom_kills, ..leaf });
             }
@@ -123,6 +128,7 @@ impl Cgroups {
                         number,
                         folder,
                         oom_kills: 0,
+                        killed: Cell::new(false),
                     });
                 }
                 // Left over from before, or made by someone in the guest.

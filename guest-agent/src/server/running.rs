@@ -1,6 +1,5 @@
 //! A program that runs for a connection: its pipes, its cgroup and its life.
 
-use std::borrow::Cow;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
@@ -10,11 +9,14 @@ use prost::Message;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
-use rustix::process::{Pid, Signal};
 
 use super::socket::{Gone, Socket};
 use crate::exec::cgroup::Leaf;
 use crate::exec::lifecycle::{Action, Lifecycle};
+use crate::sys;
+
+/// Input held for a program that does not read it, bytes; one frame more at most.
+const INPUT_HELD: usize = 256 << 10;
 
 /// The end of an output pipe that the agent reads.
 #[derive(Debug)]
@@ -189,6 +191,22 @@ impl Input {
         !self.pending.is_empty()
     }
 
+    /// Takes no more until the program has read. There is room for a good deal, so that a signal
+    /// behind unread input still arrives.
+    const fn is_full(&self) -> bool {
+        self.pending.len().saturating_sub(self.written) >= INPUT_HELD
+    }
+
+    fn push(&mut self, bytes: Vec<u8>) {
+        if self.pending.is_empty() {
+            self.pending = bytes;
+            return;
+        }
+        self.pending.drain(..self.written);
+        self.written = 0;
+        self.pending.extend_from_slice(&bytes);
+    }
+
     /// Writes what it can. `Err`: nobody reads any more.
     fn flush(&mut self) -> Result<Turn, Errno> {
         let mut turn = Turn::Idle;
@@ -259,12 +277,12 @@ impl Running {
         let mut turn = self.flush_stdin();
         let backlog = std::mem::take(&mut self.backlog);
         let mut bytes = backlog.as_slice();
-        if bytes.is_empty() && !self.stdin.as_ref().is_some_and(Input::is_pending) {
+        if bytes.is_empty() && !self.stdin.as_ref().is_some_and(Input::is_full) {
             let got = socket.receive(scratch)?;
             bytes = scratch.get(..got).unwrap_or_default();
         }
         while !bytes.is_empty() {
-            if self.stdin.as_ref().is_some_and(Input::is_pending) {
+            if self.stdin.as_ref().is_some_and(Input::is_full) {
                 self.backlog = bytes.to_vec();
                 return Ok(turn);
             }
@@ -281,21 +299,22 @@ impl Running {
         Ok(turn)
     }
 
-    fn take_frame(&mut self, frame: &Cow<'_, [u8]>) -> Result<(), Gone> {
-        let message = v1::ExecInput::decode(&**frame).map_err(|error| {
+    fn take_frame(&mut self, frame: &[u8]) -> Result<(), Gone> {
+        let message = v1::ExecInput::decode(frame).map_err(|error| {
             crate::log!("connection dropped: input of exec: {error}");
             Gone
         })?;
-        // Without a pipe (closed from the start, by the end of input, or by the program) bytes have
-        // no place to go.
-        if let Some(stdin) = &mut self.stdin {
-            match message.input {
-                Some(v1::exec_input::Input::Stdin(bytes)) if !stdin.closing => {
-                    stdin.pending = bytes;
-                }
-                Some(v1::exec_input::Input::StdinEof(_)) => stdin.closing = true,
-                _ => {}
+        match (message.input, &mut self.stdin) {
+            (Some(v1::exec_input::Input::Stdin(bytes)), Some(stdin)) if !stdin.closing => {
+                stdin.push(bytes);
             }
+            (Some(v1::exec_input::Input::StdinEof(_)), Some(stdin)) => stdin.closing = true,
+            (Some(v1::exec_input::Input::Signal(number)), _) => {
+                sys::signal_group(self.pid, number);
+            }
+            // Without a pipe (closed from the start, by the end of input, or by the program) bytes
+            // have no place to go.
+            _ => {}
         }
         Ok(())
     }
@@ -330,25 +349,16 @@ impl Running {
 
     pub(crate) fn act(&self, action: Action) {
         match action {
-            Action::Terminate => signal_group(self.pid, Signal::TERM),
+            Action::Terminate => sys::signal_group(self.pid, libc::SIGTERM as u32),
             Action::KillTree => kill_tree(self.pid, self.leaf.as_ref()),
         }
     }
 }
 
 /// SIGKILL to everything that descends from a program, or, without cgroups, to its process group.
-/// The program itself must not have been reaped, unless its cgroup is given: its number could be
-/// another's.
 pub(crate) fn kill_tree(pid: i32, leaf: Option<&Leaf>) {
     match leaf.map(Leaf::kill) {
         Some(Ok(())) => {}
-        _ => signal_group(pid, Signal::KILL),
-    }
-}
-
-fn signal_group(pid: i32, signal: Signal) {
-    if let Some(pid) = Pid::from_raw(pid) {
-        // It may have ended by itself in the meantime.
-        let _ = rustix::process::kill_process_group(pid, signal);
+        _ => sys::signal_group(pid, libc::SIGKILL as u32),
     }
 }

@@ -1,5 +1,8 @@
 //! An agent on a Unix socket, and calls to it.
 
+// Each test program uses a part of this.
+#![allow(dead_code, unreachable_pub)]
+
 use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
