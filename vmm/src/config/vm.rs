@@ -67,7 +67,7 @@ pub struct VmConfig {
     pub entropy: Option<Entropy>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub balloon: Option<Balloon>,
-    /// `None`: no 16550.
+    /// `None`: the 16550 writes to standard output.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<Serial>,
     /// `None`: a console with the defaults.

@@ -318,6 +318,28 @@ fn descriptors_must_have_arrived_and_end_with_the_start() {
 }
 
 #[test]
+fn descriptors_of_a_refused_call_are_closed() {
+    let mut c = running();
+    let file = || OwnedFd::from(tempfile::tempfile().unwrap());
+    c.add_descriptors([("k".to_owned(), file())]).unwrap();
+    assert_refused(
+        put(&mut c, "/boot-source", r#"{"kernel_image_path":"fd:k"}"#),
+        "after starting",
+    );
+    assert!(!c.descriptors().contains("k"));
+    // Those that came before stay.
+    let mut c = Configurator::default();
+    c.add_descriptors([("k".to_owned(), file())]).unwrap();
+    put(&mut c, "/entropy", "{}").unwrap();
+    c.add_descriptors([("l".to_owned(), file())]).unwrap();
+    assert_refused(action(&mut c, "InstanceStart"), "/boot-source");
+    assert!(c.descriptors().contains("k") && !c.descriptors().contains("l"));
+    let many = (0..=Descriptors::MAX).map(|i| (i.to_string(), file()));
+    assert!(c.add_descriptors(many).is_err());
+    assert!(c.descriptors().contains("k") && !c.descriptors().contains("0"));
+}
+
+#[test]
 fn a_whole_document_is_checked_like_single_calls() {
     let load = |text: &str| {
         let mut c = Configurator::default();
