@@ -13,6 +13,8 @@ use rustix::net::{RecvFlags, SendFlags, SocketFlags};
 use super::ConsoleConfig;
 use crate::backend::output::{Progress, Scrollback, Sink, printable};
 
+/// Least scroll-back: readers need a few chunks of the device's room to keep up.
+const MIN_SCROLLBACK: usize = 8 << 10;
 /// Clients of the socket at a time.
 const MAX_CLIENTS: usize = 8;
 /// Typed bytes that wait for the guest; clients wait beyond it.
@@ -93,6 +95,8 @@ impl ConsoleHandle {
 
 pub(super) struct Hub {
     scrollback: Scrollback,
+    /// Position up to which readers were given the output.
+    pumped: u64,
     output: Option<Reader>,
     listener: Option<UnixListener>,
     /// Whether the listener is polled.
@@ -130,7 +134,8 @@ impl Hub {
                 interest: None,
             });
         let mut hub = Self {
-            scrollback: Scrollback::new(config.scrollback),
+            scrollback: Scrollback::new(config.scrollback.max(MIN_SCROLLBACK)),
+            pumped: 0,
             output,
             listener: config.listener,
             listening: false,
@@ -147,14 +152,22 @@ impl Hub {
         self.epoll.as_raw_fd()
     }
 
-    /// Takes output of the guest. [`Self::pump`] follows once per batch.
+    /// Takes output of the guest. [`Self::pump`] follows once per batch; a batch that would
+    /// overwrite what nobody was given yet is cut.
     pub(super) fn push(&mut self, data: &[u8]) {
-        self.scrollback.push(data);
+        for part in data.chunks(MIN_SCROLLBACK / 2) {
+            let waiting = self.scrollback.end() - self.pumped + part.len() as u64;
+            if waiting > self.scrollback.capacity() as u64 {
+                self.pump();
+            }
+            self.scrollback.push(part);
+        }
         self.stats.output_bytes += data.len() as u64;
     }
 
     /// Gives new output to every reader that keeps up; the others are called when writable.
     pub(super) fn pump(&mut self) {
+        self.pumped = self.scrollback.end();
         // Descriptors may have become free since accepting failed.
         let _ = self.listen();
         if self.output.as_ref().is_some_and(Reader::keeps_up) {

@@ -13,7 +13,7 @@ pub use hub::{ConsoleHandle, ConsoleStats};
 
 /// What a console is made of.
 pub struct ConsoleConfig {
-    /// Bytes of scroll-back. All that is kept for anyone.
+    /// Bytes of scroll-back (at least 8 KiB). All that is kept for anyone.
     pub scrollback: usize,
     /// A file, pipe, terminal or socket that gets a copy. It is never waited for.
     pub output: Option<OwnedFd>,

@@ -110,6 +110,30 @@ fn output_goes_to_the_output_the_tail_and_late_clients() {
 }
 
 #[test]
+fn one_batch_larger_than_the_scrollback_reaches_a_reader_that_keeps_up() {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    let mut bench = Bench::new(ConsoleConfig {
+        scrollback: 0,
+        output: Some(file.reopen().unwrap().into()),
+        ..ConsoleConfig::default()
+    });
+    let text: Vec<u8> = (0..32 * 4096u32).map(|i| (i % 251) as u8).collect();
+    vm_memory::Bytes::write_slice(&bench.h.mem, &text, bench.page).unwrap();
+    for page in 0..32 {
+        let addr = vm_memory::GuestAddress(bench.page.0 + page * 4096);
+        bench.h.push(TX, &[Buffer::readable(addr, 4096)]);
+    }
+    bench.h.kick(TX).unwrap();
+    let mut copy = Vec::new();
+    file.read_to_end(&mut copy).unwrap();
+    assert!(copy == text, "{} of {} bytes", copy.len(), text.len());
+    assert_eq!(bench.handle.stats().lost_bytes, 0);
+
+    bench.handle.write(&text);
+    assert_eq!(bench.handle.stats().lost_bytes, 0);
+}
+
+#[test]
 fn typing_reaches_the_guest_when_it_has_buffers() {
     let mut bench = Bench::new(ConsoleConfig::default());
     let mut client = bench.connect();
