@@ -17,7 +17,7 @@ test: ## format, lint, unit tests, end-to-end tests in real guests
 	@scripts/test
 
 bench: setup ## measure boot, vsock, block and memory on the instruction-counted clock
-	@scripts/bench
+	@tests/bench/run
 
 soak: setup ## end-to-end tests again and again: make soak SECONDS=3600
 	@scripts/soak $(or $(SECONDS),3600)
