@@ -33,7 +33,7 @@ use crate::memory::GuestRam;
 const F_INDIRECT_DESC: u64 = 1 << 28;
 const F_EVENT_IDX: u64 = 1 << 29;
 
-/// Bytes moved in one call before the event loop gets its turn.
+/// Bytes moved or zeroed in one call before the event loop gets its turn.
 const CALL_BYTES: u64 = 64 << 20;
 
 /// Token of the one host descriptor: a spent budget, completions, and orders of [`Control`].
@@ -137,11 +137,11 @@ impl Block {
             features: self.work.features,
         };
         let mut chain = std::mem::take(&mut self.work.chain);
-        let mut moved = 0;
+        self.work.moved = 0;
         let mut spent = false;
         let mut stalled = false;
         let served = chain::serve(io, 0, &mut chain, |mem, chain| {
-            if moved >= CALL_BYTES {
+            if self.work.moved >= CALL_BYTES {
                 spent = true;
                 return Ok(Outcome::PutBack);
             }
@@ -149,7 +149,7 @@ impl Block {
                 stalled = true;
                 return Ok(Outcome::PutBack);
             }
-            moved += u64::from(chain.readable_len()) + u64::from(chain.writable_len());
+            self.work.moved += u64::from(chain.readable_len()) + u64::from(chain.writable_len());
             self.handle(mem, chain, rules)
         });
         self.work.chain = chain;
@@ -286,7 +286,11 @@ impl Block {
                 request::range(mem, chain, request, index, size)?;
             let done = match request {
                 Request::Discard { .. } => self.work.disk.discard(offset, len),
-                _ => self.work.disk.write_zeroes(offset, len, unmap),
+                _ => {
+                    // Zeros may have to be written.
+                    self.work.moved += len;
+                    self.work.disk.write_zeroes(offset, len, unmap)
+                }
             };
             if done.is_err() {
                 return Err(Status::IoError);

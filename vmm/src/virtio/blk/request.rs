@@ -204,3 +204,37 @@ pub(super) fn range(
         unmap: flags & FLAG_UNMAP != 0,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn accepted_transfers_lie_on_the_drive(
+            sector in prop_oneof![0u64..5000, any::<u64>()],
+            len in prop_oneof![(0u32..3000).prop_map(|n| n * 512), any::<u32>()],
+            size in prop_oneof![(1u64..4000).prop_map(|n| n * SECTOR), any::<u64>()],
+        ) {
+            let fits = u128::from(sector) * 512 + u128::from(len) <= u128::from(size);
+            let good = fits && len % 512 == 0 && len <= REQUEST_MAX;
+            match bytes_at(sector, len, size) {
+                Ok(offset) => {
+                    prop_assert!(good);
+                    prop_assert_eq!(offset, sector * 512);
+                }
+                Err(status) => {
+                    prop_assert!(!good);
+                    prop_assert_eq!(status, Status::IoError);
+                }
+            }
+        }
+
+        #[test]
+        fn accepted_range_lists_are_whole_and_short(len in any::<u32>(), max in 1u32..64) {
+            let whole = len % RANGE_LEN == 0 && (1..=max).contains(&(len / RANGE_LEN));
+            prop_assert_eq!(ranges(len, max), if whole { Ok(len / RANGE_LEN) } else { Err(Status::IoError) });
+        }
+    }
+}

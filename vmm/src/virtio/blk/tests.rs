@@ -49,6 +49,17 @@ fn drive() -> Drive {
     drive_with(false, IoEngine::Sync)
 }
 
+/// A sparse drive.
+fn drive_of(size: u64) -> Drive {
+    let file = tempfile_of(size);
+    let disk = open_disk(file.try_clone().unwrap(), "d", false, IoEngine::Sync).unwrap();
+    let block = Block::new(disk, &options(false, IoEngine::Sync)).unwrap();
+    let mut h = Harness::new(block);
+    let features = h.device.features();
+    h.activate(features & !(1 << 29));
+    Drive { h, file }
+}
+
 const ENGINES: [IoEngine; 2] = [IoEngine::Sync, IoEngine::Async];
 
 fn header(kind: u32, sector: u64) -> Vec<u8> {
@@ -423,16 +434,22 @@ fn much_data_in_one_kick_is_taken_in_turns() {
 }
 
 #[test]
+fn zeroing_much_in_one_kick_is_taken_in_turns() {
+    let mut d = drive_of(1 << 40);
+    let at = d.h.alloc_with(&range(0, ZERO_SECTORS_MAX, 1));
+    for _ in 0..10 {
+        d.push(WRITE_ZEROES, 0, &[Buffer::readable(at, 16)]);
+    }
+    d.h.kick(0).unwrap();
+    assert_eq!(d.h.take_used(0).len(), 1);
+    d.h.poll_host(1000).unwrap();
+    assert_eq!(d.h.take_used(0).len(), 1);
+}
+
+#[test]
 fn overlapping_buffers_cannot_make_one_request_endless() {
     // A drive large enough that only the length stands in the way.
-    let disk = open_disk(tempfile_of(1 << 40), "d", false, IoEngine::Sync).unwrap();
-    let block = Block::new(disk, &options(false, IoEngine::Sync)).unwrap();
-    let mut h = Harness::new(block);
-    h.activate(0);
-    let mut d = Drive {
-        h,
-        file: tempfile_of(512),
-    };
+    let mut d = drive_of(1 << 40);
     let at = d.h.alloc(1 << 20);
     let buffers = vec![Buffer::writable(at, 1 << 20); 250];
     assert_eq!(d.request(IN, 0, &buffers).0, IOERR);

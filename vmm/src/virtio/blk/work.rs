@@ -24,6 +24,8 @@ pub(super) struct Work {
     pub(super) in_flight: Vec<Option<InFlight>>,
     pub(super) free_tags: Vec<u16>,
     pub(super) done: Vec<(u16, io::Result<()>)>,
+    /// Bytes moved in the current call.
+    pub(super) moved: u64,
 }
 
 impl Work {
@@ -36,6 +38,7 @@ impl Work {
             in_flight: vec![None; usize::from(depth)],
             free_tags: (0..depth).rev().collect(),
             done: Vec::new(),
+            moved: 0,
         }
     }
 
