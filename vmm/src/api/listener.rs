@@ -12,23 +12,23 @@ use rustix::net::{
 /// The API socket cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    #[error("--api-sock {path}: another process listens there; stop it or choose another path")]
+    #[error("{path}: another process listens there; stop it or choose another path")]
     InUse { path: PathBuf },
     #[error(
-        "--api-sock {path}: a socket is left there by a process that is gone; remove it \
+        "{path}: a socket is left there by a process that is gone; remove it \
          (rm {path}) or choose another path"
     )]
     Stale { path: PathBuf },
-    #[error("--api-sock {path}: something that is no socket exists there; choose another path")]
+    #[error("{path}: something that is no socket exists there; choose another path")]
     NotASocket { path: PathBuf },
     #[error(
-        "--api-sock {path}: the path has {length} bytes; a Unix socket's has at most 107: use a \
+        "{path}: the path has {length} bytes; a Unix socket's has at most 107: use a \
          shorter or a relative one"
     )]
     TooLong { path: PathBuf, length: usize },
-    #[error("--api-sock fd:{name}: the descriptor is not a listening Unix stream socket")]
+    #[error("fd:{name}: the descriptor is not a listening Unix stream socket")]
     NotListening { name: String },
-    #[error("--api-sock {path}: cannot {what}: {error}")]
+    #[error("{path}: cannot {what}: {error}")]
     Io {
         path: PathBuf,
         what: &'static str,
