@@ -1,3 +1,5 @@
 //! The device against a driver and host programs of our own.
+mod bad_drivers;
 mod guest;
+mod host_side;
 mod streams;
