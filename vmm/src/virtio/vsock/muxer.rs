@@ -233,12 +233,10 @@ impl Muxer {
             return match op {
                 Some(Op::Rst) => Verdict::Done,
                 Some(Op::Request) if header.kind == TYPE_STREAM && self.has_room() => Verdict::Dial,
-                Some(Op::Request) if header.kind == TYPE_STREAM => {
-                    self.counters.refused.inc();
-                    self.owe_reset(header.reset_for());
-                    Verdict::Done
-                }
                 _ => {
+                    if op == Some(Op::Request) {
+                        self.counters.refused.inc();
+                    }
                     self.owe_reset(header.reset_for());
                     Verdict::Done
                 }

@@ -79,7 +79,8 @@ fn unknown_connections_types_and_operations_are_reset() {
 
 #[test]
 fn breaking_the_rules_resets_only_that_connection() {
-    let broken: [fn(&Peer) -> (Header, Vec<u8>); 5] = [
+    type Breach = fn(&Peer) -> (Header, Vec<u8>);
+    let broken: [Breach; 5] = [
         |peer| (peer.packet(Op::Request), vec![]),
         |peer| (peer.packet(Op::Response), vec![]),
         |peer| {
