@@ -42,15 +42,21 @@ scratch() {
 	trap 'exit 143' TERM HUP
 }
 
-# publish DIR ENTRY: a finished entry appears at once and whole. mtime marks its last use.
+# publish DIR ENTRY: a finished entry appears at once and whole. Its neighbours that nothing
+# has used for a month go.
 publish() {
-	mkdir -p "$(dirname "$2")"
+	local neighbours
+	neighbours=$(dirname "$2")
+	mkdir -p "$neighbours"
 	rm -rf "$2"
 	mv "$1" "$2"
+	find "$neighbours" -mindepth 1 -maxdepth 1 ! -name work -mtime +30 -exec rm -rf {} +
 }
 
-# link NAME PATH: the newest of each part, under the name by which `belljar` finds it.
+# link NAME PATH: the newest of each part, under the name by which `belljar` finds it;
+# the time of its directory tells when it was last used.
 link() {
+	touch -c "$(dirname "$2")"
 	mkdir -p "$cache_root/assets"
 	[ "$(readlink "$cache_root/assets/$1")" = "$2" ] && return
 	ln -sf "$2" "$cache_root/assets/.$1.$$"
