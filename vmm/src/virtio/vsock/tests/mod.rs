@@ -2,4 +2,5 @@
 mod bad_drivers;
 mod guest;
 mod host_side;
+mod model;
 mod streams;
