@@ -53,7 +53,7 @@ const QUEUE_SIZES: [u16; 3] = [128, 128, 16];
 pub enum Dial {
     /// The socket `<path>_<port>`.
     Beside(PathBuf),
-    /// The socket named `<port>` in a directory, for a VMM that opens no paths of its own: beside
+    /// The socket named `_<port>` in a directory, for a VMM that opens no paths of its own: beside
     /// the listening socket `fd:NAME` it is given the directory as descriptor `NAME.dir`.
     /// Reached through `/proc/self/fd`.
     Under(OwnedFd),
@@ -72,7 +72,7 @@ impl Dial {
             }
             Self::Under(directory) => {
                 let fd = directory.as_raw_fd();
-                Some(PathBuf::from(format!("/proc/self/fd/{fd}/{port}")))
+                Some(PathBuf::from(format!("/proc/self/fd/{fd}/_{port}")))
             }
             Self::Nowhere => None,
         }

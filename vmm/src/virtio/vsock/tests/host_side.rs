@@ -158,7 +158,7 @@ fn million_requests_to_absent_sockets_leave_nothing_behind() {
 #[test]
 fn directory_descriptor_names_sockets_by_port() {
     let dir = tempfile::tempdir().unwrap();
-    let listener = UnixListener::bind(dir.path().join("1025")).unwrap();
+    let listener = UnixListener::bind(dir.path().join("_1025")).unwrap();
     let fd = std::fs::File::open(dir.path()).unwrap().into();
     let path = Dial::Under(fd).path(1025).unwrap();
     assert!(path.starts_with("/proc/self/fd"));
