@@ -200,7 +200,7 @@ fn another_user_gets_ids_groups_and_home() {
     let agent = Agent::start();
     let exec = v1::Exec {
         user: "daemon".to_owned(),
-        ..sh("id -u; id -g; echo $USER $HOME; grep CapEff /proc/self/status")
+        ..sh("id -u; id -g; echo $USER $HOME > /dev/stdout; grep CapEff /proc/self/status")
     };
     let (stdout, stderr, how) = agent.run(exec);
     let text = String::from_utf8(stdout).unwrap();

@@ -109,6 +109,9 @@ impl Server {
             })
         };
         let (own, child) = running::pipes(with_stdin).map_err(prepared)?;
+        if let Some(ids) = &program.ids {
+            child.give_to(ids.uid, ids.gid);
+        }
         let leaf = self.cgroups.as_mut().and_then(|cgroups| {
             let leaf = cgroups.take();
             leaf.inspect_err(|error| crate::log!("no cgroup for a program: {error}"))

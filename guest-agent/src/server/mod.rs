@@ -251,7 +251,7 @@ impl Server {
                 Err(error) => {
                     // Out of descriptors or memory: the connection waits in the queue. Do not spin.
                     crate::log!("cannot accept a connection: {error}");
-                    std::thread::sleep(Duration::from_millis(1));
+                    std::thread::sleep(Duration::from_millis(20));
                     return;
                 }
             };

@@ -6,7 +6,7 @@ use std::time::Instant;
 use belljar_protocol::frame::Decoder;
 use belljar_protocol::v1;
 use prost::Message;
-use rustix::fs::OFlags;
+use rustix::fs::{Gid, OFlags, Uid};
 use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
 
@@ -81,6 +81,18 @@ impl ChildEnds {
             self.stdout.as_raw_fd(),
             self.stderr.as_raw_fd(),
         ]
+    }
+}
+
+impl ChildEnds {
+    /// Gives the pipes to the user of the program, who may open them again by name
+    /// (`/dev/stderr`), which the mode of a pipe allows to its owner only.
+    pub(crate) fn give_to(&self, uid: u32, gid: u32) {
+        for fd in [self.stdin.as_ref(), Some(&self.stdout), Some(&self.stderr)] {
+            let owner = (Uid::from_raw(uid), Gid::from_raw(gid));
+            // Without it most programs run all the same.
+            let _ = fd.map(|fd| rustix::fs::fchown(fd, Some(owner.0), Some(owner.1)));
+        }
     }
 }
 
