@@ -14,7 +14,7 @@ use belljar_node::sandbox::{BootError, GuestSpec, Limits, Programs, Sandbox};
 use belljar_node::stages::Stages;
 use belljar_node::state::StateRoot;
 use belljar_node::sys::{SIGHUP, SIGINT, SIGTERM, SignalFd};
-use belljar_node::{AGENT_PORT, cpu};
+use belljar_node::{AGENT_PORT, End, cpu};
 
 use crate::OURS;
 use crate::arguments::Run;
@@ -34,11 +34,7 @@ pub(crate) fn run(options: &Run, begin: Instant) -> u8 {
         Ok(status) => status,
         Err(Failure::Boot(error)) => {
             report::boot_failure(&error);
-            if matches!(error, BootError::Cancelled) {
-                130
-            } else {
-                OURS
-            }
+            OURS
         }
         Err(Failure::Other {
             status,
@@ -90,7 +86,10 @@ fn boot_and_exec(options: &Run, stages: &mut Stages) -> Result<u8, Failure> {
         supervisor: PathBuf::from("/proc/self/exe"),
         vmm: vmm_program(options.vmm.as_deref()),
     };
-    let mut sandbox = Sandbox::boot(&root, &programs, &guest, limits, stages)?;
+    let mut sandbox = match Sandbox::boot(&root, &programs, &guest, limits, stages) {
+        Err(error @ BootError::Cancelled) => return Err(cancelled(&error, &signals)),
+        other => other?,
+    };
 
     let outcome = exec_in(&sandbox, options, &signals);
     stages.mark("exec");
@@ -103,6 +102,7 @@ fn boot_and_exec(options: &Run, stages: &mut Stages) -> Result<u8, Failure> {
         }
         Ok(outcome) => outcome,
     };
+    comment(&outcome);
     let given_up = matches!(outcome, Outcome::GivenUp(_));
     let unsaved = !given_up
         && options
@@ -120,8 +120,32 @@ fn boot_and_exec(options: &Run, stages: &mut Stages) -> Result<u8, Failure> {
     Ok(outcome.exit_status())
 }
 
-fn is_lost(how: &belljar_node::End) -> bool {
-    matches!(how, belljar_node::End::Lost(_))
+fn cancelled(error: &BootError, signals: &SignalFd) -> Failure {
+    let signal = signals.take().unwrap_or(SIGINT);
+    Failure::Other {
+        status: Outcome::GivenUp(signal).exit_status(),
+        message: error.to_string(),
+        remedy: None,
+    }
+}
+
+/// What an exit status alone does not say.
+fn comment(outcome: &Outcome) {
+    match outcome {
+        Outcome::Ended(End::OutOfMemory(_)) => report::failure(
+            "the guest ran out of memory, and its kernel ended the command",
+            Some("give it more with --memory"),
+        ),
+        Outcome::TimedOut => report::failure(
+            "the command's time was over, and the guest did not even answer",
+            None,
+        ),
+        _ => {}
+    }
+}
+
+fn is_lost(how: &End) -> bool {
+    matches!(how, End::Lost(_))
 }
 
 fn exec_in(sandbox: &Sandbox, options: &Run, signals: &SignalFd) -> Result<Outcome, Failure> {
