@@ -112,6 +112,11 @@ pub struct Changes {
     pub output: Option<File>,
 }
 
+/// Whether lines go somewhere else than to standard error.
+pub fn to_file() -> bool {
+    lock().output.is_some()
+}
+
 /// Changes settings: `--log-path`, `--level` and so on, `PUT /logger`.
 pub fn configure(changes: Changes) {
     if let Some(level) = changes.level {

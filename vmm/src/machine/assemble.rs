@@ -1,5 +1,6 @@
 //! Putting a guest together from its configuration: KVM, RAM, kernel, buses, devices, vCPUs.
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -16,6 +17,7 @@ use crate::arch::x86_64::cpuid::{self, CpuidError};
 use crate::arch::x86_64::kernel::{self, KernelError, LoadedKernel};
 use crate::arch::x86_64::mptable::{self, MpTableError};
 use crate::arch::x86_64::{layout, registers};
+use crate::backend::disk::FileId;
 use crate::backend::unix::{ListenError, Listener};
 use crate::bus::{BusDevice, BusError};
 use crate::config::{
@@ -123,6 +125,7 @@ pub(super) fn build(prepared: Prepared, parts: Parts<'_>) -> Result<Guest> {
         bus: GuestBus::default(),
         devices: Vec::new(),
         windows: Vec::new(),
+        claimed: Vec::new(),
         parts,
     };
     // Kernel and drives before memory is given to KVM: their errors are the likeliest.
@@ -164,6 +167,8 @@ struct Builder<'a> {
     bus: GuestBus,
     devices: Vec<DeviceEvents>,
     windows: Vec<MmioDevice>,
+    /// Files of the drives so far: which, whether read-only, of which drive.
+    claimed: Vec<(FileId, bool, String)>,
     parts: Parts<'a>,
 }
 
@@ -219,6 +224,7 @@ impl Builder<'_> {
             id: drive.drive_id.clone(),
             what,
         };
+        self.claim(&file, drive).map_err(failed)?;
         let disk = blk::open_disk(file, &name, drive.is_read_only, drive.io_engine)
             .map_err(|e| failed(e.to_string()))?;
         let options = blk::Options {
@@ -236,6 +242,24 @@ impl Builder<'_> {
         };
         self.add_virtio(Box::new(device))?;
         Ok(handle)
+    }
+
+    /// Two drives on one open file share its lock, so the lock cannot tell that it is there twice.
+    fn claim(&mut self, file: &File, drive: &Drive) -> std::result::Result<(), String> {
+        let id = FileId::of(file).map_err(|e| e.to_string())?;
+        let shared = self
+            .claimed
+            .iter()
+            .find(|(other, read_only, _)| *other == id && !(*read_only && drive.is_read_only));
+        if let Some((_, _, other)) = shared {
+            return Err(format!(
+                "{} is drive {other:?} already; only read-only drives can share a file",
+                drive.path_on_host
+            ));
+        }
+        self.claimed
+            .push((id, drive.is_read_only, drive.drive_id.clone()));
+        Ok(())
     }
 
     fn add_vsock(&mut self) -> Result<()> {
@@ -418,7 +442,7 @@ impl Builder<'_> {
 
     fn write_generation_id(&self) -> Result<()> {
         let mut id = [0u8; 16];
-        std::fs::File::open("/dev/urandom")
+        File::open("/dev/urandom")
             .and_then(|mut random| random.read_exact(&mut id))
             .map_err(device("VM generation id"))?;
         self.ram
@@ -481,6 +505,7 @@ fn set_up_vcpus(
     for (vcpu, index) in vcpus.iter().zip(0u8..) {
         let cpuid = cpuid::for_vcpu(supported, index, machine.vcpu_count, machine.cpu_baseline)?;
         vcpu.set_cpuid(&cpuid)?;
+        vcpu.enable_states(cpuid::state_components(&cpuid))?;
         vcpu.set_msrs(&registers::boot_msrs())?;
         let mut lapic = vcpu.lapic()?;
         registers::wire_lapic(&mut lapic);

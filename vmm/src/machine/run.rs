@@ -67,7 +67,9 @@ fn run(args: Args, started: Instant) -> i32 {
         Ending::Failed(message) => {
             log_error!("{message}");
             // Whoever started us by hand sees it, wherever the log goes.
-            eprintln!("belljar-vmm: {message}");
+            if log::to_file() {
+                eprintln!("belljar-vmm: {message}");
+            }
         }
         Ending::PoweredOff | Ending::Stopped => log_info!("end: {ending}"),
         _ => log_warn!("end: {ending}"),
@@ -178,20 +180,13 @@ impl Machine {
 
     /// Applies flags and the configuration file.
     fn configure(&mut self, args: Args) -> Result<(), String> {
-        log::configure(log::Changes {
-            id: Some(args.id),
-            ..log::Changes::default()
-        });
-        if args.log_path.is_some() || args.level.is_some() || args.module.is_some() {
-            let logger = Logger {
-                log_path: args.log_path,
-                level: args.level,
-                show_level: args.show_level.then_some(true),
-                show_log_origin: args.show_log_origin.then_some(true),
-                module: args.module,
-            };
-            self.call(Request::PutLogger(logger))?;
-        }
+        self.call(Request::PutLogger(Logger {
+            log_path: args.log_path,
+            level: args.level,
+            show_level: args.show_level.then_some(true),
+            show_log_origin: args.show_log_origin.then_some(true),
+            module: args.module,
+        }))?;
         if let Some(metrics_path) = args.metrics_path {
             self.call(Request::PutMetrics(crate::config::Metrics { metrics_path }))?;
         }
@@ -222,7 +217,7 @@ impl Machine {
         file.take(MAX_CONFIG_FILE)
             .read_to_end(&mut text)
             .map_err(|e| format!("{source}: {e}"))?;
-        serde_json::from_slice(&text).map_err(|e| format!("{source}: {e}"))
+        crate::config::parse(&text).map_err(|e| format!("{source}: {e}"))
     }
 
     /// A call of our own.
@@ -461,8 +456,10 @@ impl Machine {
             // is on disk must be.
             guest.drain_devices();
             if matches!(ending, Ending::Panicked | Ending::TripleFault) {
-                let tail = guest.console.tail(PANIC_LINES, PANIC_BYTES);
-                log_warn!("last console lines:\n{}", String::from_utf8_lossy(&tail));
+                log_warn!("the guest's last words on its console:");
+                for line in guest.console.tail_text(PANIC_LINES, PANIC_BYTES).lines() {
+                    log_warn!("{line}");
+                }
             }
         }
         self.published.set_state(InstanceState::NotStarted);

@@ -37,13 +37,16 @@ pub trait InterruptLine: Send + Sync {
 #[derive(Clone)]
 pub struct Interrupt {
     status: Arc<AtomicU32>,
+    /// `ConfigGeneration`: changes with configuration space (virtio 1.2 §2.5).
+    generation: Arc<AtomicU32>,
     line: Arc<dyn InterruptLine>,
 }
 
 impl Interrupt {
     pub fn new(line: Arc<dyn InterruptLine>) -> Self {
         Self {
-            status: Arc::new(AtomicU32::new(0)),
+            status: Arc::default(),
+            generation: Arc::default(),
             line,
         }
     }
@@ -56,12 +59,18 @@ impl Interrupt {
 
     /// Tells the driver that configuration space, or the need for a reset, changed.
     pub fn config_changed(&self) {
+        self.generation.fetch_add(1, Ordering::AcqRel);
         self.raise(CONFIG_CHANGED);
     }
 
     /// `InterruptStatus` as the driver reads it.
     pub fn status(&self) -> u32 {
         self.status.load(Ordering::Acquire)
+    }
+
+    /// `ConfigGeneration` as the driver reads it; wraps.
+    pub fn config_generation(&self) -> u32 {
+        self.generation.load(Ordering::Acquire)
     }
 
     /// `InterruptACK`: clears `bits`.

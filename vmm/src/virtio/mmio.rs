@@ -73,7 +73,6 @@ pub struct Transport {
     driver_features_sel: u32,
     driver_features: u64,
     queue_sel: u32,
-    config_generation: u32,
 }
 
 /// Locks a transport. A poisoned lock means that another thread has panicked and the process
@@ -100,7 +99,6 @@ impl Transport {
             driver_features_sel: 0,
             driver_features: 0,
             queue_sel: 0,
-            config_generation: 0,
         })
     }
 
@@ -152,7 +150,20 @@ impl Transport {
 
     /// Before pause: nothing of the device is in flight afterwards.
     pub fn drain(&mut self) {
-        self.while_active(|device, io| device.drain(io));
+        if self.status & DRIVER_OK == 0 {
+            return;
+        }
+        // Also of a device that needs a reset: it may have requests in flight all the same.
+        let mut io = DeviceIo {
+            mem: &self.mem,
+            queues: &mut self.queues,
+            irq: &self.irq,
+        };
+        if let Err(error) = self.device.drain(&mut io)
+            && self.is_active()
+        {
+            self.fail(&error);
+        }
     }
 
     /// After pause: whatever the driver put into its queues meanwhile is looked at.
@@ -182,7 +193,6 @@ impl Transport {
         );
         self.status |= NEEDS_RESET;
         if self.status & DRIVER_OK != 0 {
-            self.config_generation = self.config_generation.wrapping_add(1);
             self.irq.config_changed();
         }
     }
@@ -219,7 +229,7 @@ impl Transport {
             r::STATUS => self.status,
             // There are no shared memory regions: their length is all ones (§4.2.2).
             r::SHM_LEN_LOW | r::SHM_LEN_HIGH => u32::MAX,
-            r::CONFIG_GENERATION => self.config_generation,
+            r::CONFIG_GENERATION => self.irq.config_generation(),
             _ => 0,
         }
     }
@@ -248,14 +258,14 @@ impl Transport {
             r::QUEUE_DESC_LOW => self.set_address(|q| q.set_desc_table_address(Some(value), None)),
             r::QUEUE_DESC_HIGH => self.set_address(|q| q.set_desc_table_address(None, Some(value))),
             r::QUEUE_DRIVER_LOW => {
-                self.set_address(|q| q.set_avail_ring_address(Some(value), None))
+                self.set_address(|q| q.set_avail_ring_address(Some(value), None));
             }
             r::QUEUE_DRIVER_HIGH => {
-                self.set_address(|q| q.set_avail_ring_address(None, Some(value)))
+                self.set_address(|q| q.set_avail_ring_address(None, Some(value)));
             }
             r::QUEUE_DEVICE_LOW => self.set_address(|q| q.set_used_ring_address(Some(value), None)),
             r::QUEUE_DEVICE_HIGH => {
-                self.set_address(|q| q.set_used_ring_address(None, Some(value)))
+                self.set_address(|q| q.set_used_ring_address(None, Some(value)));
             }
             // Normally an ioeventfd takes these.
             r::QUEUE_NOTIFY => self.kicked(value as usize),
@@ -388,7 +398,9 @@ impl BusDevice for Transport {
         }
         // Registers are read and written as aligned 32-bit words (§4.2.2.2).
         match <&mut [u8; 4]>::try_from(data) {
-            Ok(data) if offset % 4 == 0 => *data = self.read_register(offset).to_le_bytes(),
+            Ok(data) if offset.is_multiple_of(4) => {
+                *data = self.read_register(offset).to_le_bytes()
+            }
             Ok(data) => data.fill(0),
             Err(_) => {}
         }
@@ -407,3 +419,7 @@ impl BusDevice for Transport {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "mmio_tests.rs"]
+mod tests;

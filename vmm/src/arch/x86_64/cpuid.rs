@@ -14,6 +14,10 @@ use crate::config::CpuBaseline as Baseline;
 #[error("KVM offers too many CPUID leaves: {0}")]
 pub struct CpuidError(usize);
 
+#[expect(
+    clippy::indexing_slicing,
+    reason = "evaluated by the compiler, which has no iterators in constants"
+)]
 const fn bits(list: &[u32]) -> u32 {
     let mut mask = 0;
     let mut i = 0;
@@ -75,6 +79,15 @@ pub fn for_vcpu(
         describe(entry, index, count);
     }
     CpuId::from_entries(&entries).map_err(|_| CpuidError(entries.len()))
+}
+
+/// The XSAVE state components of `cpuid`, as XCR0 has them; zero without XSAVE.
+pub fn state_components(cpuid: &CpuId) -> u64 {
+    let leaf = cpuid
+        .as_slice()
+        .iter()
+        .find(|e| e.function == 0xd && e.index == 0);
+    leaf.map_or(0, |e| u64::from(e.edx) << 32 | u64::from(e.eax))
 }
 
 /// Whole leaves that a guest must not see.
