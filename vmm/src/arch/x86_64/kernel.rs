@@ -302,3 +302,7 @@ pub fn load_initrd(
         .map_err(|e| KernelError::Read(io::Error::other(e)))?;
     Ok((address, size))
 }
+
+#[cfg(test)]
+#[path = "kernel_tests.rs"]
+mod tests;
