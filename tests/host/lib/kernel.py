@@ -133,7 +133,7 @@ def initramfs(kernel: HostKernel, job: dict[str, bytes]) -> bytes:
     own = Path(__file__).resolve().parent.parent
     entries = [newc.directory(name) for name in ("bin", "dev", "proc", "sys", "modules", "job", "lower", "upper", "tree")]
     entries.append(newc.file("bin/busybox", Path(busybox).read_bytes(), 0o755))
-    entries += [newc.file(name, (own / name).read_bytes(), 0o755) for name in ("init", "serve")]
+    entries += [newc.file(name, (own / name).read_bytes(), 0o755) for name in ("init", "serve", "hold")]
     for position, module in enumerate(early_modules(kernel)):
         entries.append(newc.file(f"modules/{position:02}-{module.name}", module.read_bytes()))
     entries += [newc.file(f"job/{name}", content) for name, content in job.items()]

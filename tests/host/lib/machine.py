@@ -24,6 +24,11 @@ CONSOLE_KEPT = 64 * 1024
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 QEMU = "qemu-system-x86_64"
+
+# Software processors that execute code while another one patches it may see the old bytes (`Oops: int3`). So all but
+# the first stay off until the modules are loaded and `hold` holds KVM; `serve` turns them on. Without noreplace-smp
+# the kernel would patch itself for one processor, and back.
+KERNEL_LINE = "console=ttyS0 reboot=t panic=-1 mitigations=off tsc=reliable quiet lpj=8000000 maxcpus=1 noreplace-smp"
 # Debian 12 has virtiofsd in qemu-system-common, later releases in a package of its own.
 VIRTIOFSD_PLACES = ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd")
 
@@ -86,7 +91,7 @@ class Machine:
             "-object", f"memory-backend-memfd,id=memory,size={shape.memory_mib}M,share=on",
             "-numa", "node,memdev=memory",
             "-kernel", str(kernel.vmlinuz), "-initrd", f"/proc/self/fd/{image}",
-            "-append", "console=ttyS0 reboot=t panic=-1 mitigations=off tsc=reliable quiet",
+            "-append", KERNEL_LINE,
             "-chardev", f"socket,id=serial,fd={serial}", "-serial", "chardev:serial",
             "-device", "virtio-serial-pci",
             "-chardev", f"socket,id=stdout,fd={stdout}", "-device", "virtserialport,nr=1,chardev=stdout",
