@@ -14,8 +14,8 @@ pub struct Vsock {
     /// 3..=4294967294
     pub guest_cid: u32,
     /// Unix socket of the hybrid convention (design, contract 2), at most 96 bytes; or a
-    /// descriptor: a listening Unix stream socket. Then connections that the guest starts are
-    /// refused, as there is no path to put `_<port>` behind.
+    /// descriptor: a listening Unix stream socket. Then connections that the guest starts go to
+    /// `_<port>` in the directory `NAME.dir`, or are refused if there is none.
     pub uds_path: Source,
     /// Old clients name the device; the name is only kept.
     #[serde(skip_serializing_if = "Option::is_none")]
