@@ -133,7 +133,7 @@ pub(crate) struct Run {
     pub(crate) vmm: Option<PathBuf>,
 
     /// Give up on a guest that is not up after this time [default: 30s; 60s inside another virtual machine]
-    #[arg(long, value_name = "TIME", value_parser = parse_time, help_heading = "This machine")]
+    #[arg(long, value_name = "TIME", value_parser = parse_time, env = "BELLJAR_BOOT_TIMEOUT", help_heading = "This machine")]
     pub(crate) boot_timeout: Option<Duration>,
 
     /// Print the boot time and its stages on standard error

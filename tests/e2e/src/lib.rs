@@ -126,6 +126,8 @@ impl User {
             .env("BELLJAR_STATE", self.state())
             .env("BELLJAR_ASSETS", assets_dir())
             .env_remove("BELLJAR_VMM")
+            // A machine that does other things as well is no failure.
+            .env("BELLJAR_BOOT_TIMEOUT", "150s")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
