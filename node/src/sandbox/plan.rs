@@ -15,7 +15,7 @@ const IMAGE: &str = "image";
 const DISK: &str = "disk";
 /// What every guest is told. Notices and worse reach the console: a sign of life, and the cause of an
 /// end. After a panic the VMM ends the guest; it is not restarted.
-const BOOT_ARGS: &str = "console=hvc0 loglevel=6 panic=-1 reboot=t";
+const BOOT_ARGS: &str = "console=hvc0 loglevel=6 panic=-1 reboot=k";
 
 /// The guest's root file system.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

@@ -111,6 +111,10 @@ struct Machine {
 
 impl Machine {
     fn new(args: Args, started: Instant) -> Result<(Self, Option<ApiHandle>), String> {
+        log::configure(log::Changes {
+            id: Some(args.id.clone()),
+            ..log::Changes::default()
+        });
         let inherited =
             inherited::adopt(&args.fds).map_err(|(name, error)| format!("--fd {name}: {error}"))?;
         let mut configurator = Configurator::default();
