@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use kvm_bindings::CpuId;
 use vm_memory::{Bytes, GuestAddress};
@@ -25,6 +26,7 @@ use crate::config::{
 };
 use crate::kvm::{GuestBus, Vcpu, VcpuError, Vm, VmError};
 use crate::legacy::{self, MachineEvents};
+use crate::log_debug;
 use crate::memory::discard::AnonymousPages;
 use crate::memory::{self, GuestRam, MemoryError};
 use crate::metrics::Registry;
@@ -117,6 +119,9 @@ pub(super) fn build(prepared: Prepared, parts: Parts<'_>) -> Result<Guest> {
         vcpus,
         cpuid,
     } = prepared;
+    let started = Instant::now();
+    let stage =
+        |what: &str| log_debug!("{what}: {} us into the build", started.elapsed().as_micros());
     let machine = &parts.config.machine_config;
     let ram = Arc::new(memory::allocate(u64::from(machine.mem_size_mib))?);
     let mut builder = Builder {
@@ -130,14 +135,17 @@ pub(super) fn build(prepared: Prepared, parts: Parts<'_>) -> Result<Guest> {
     };
     // Kernel and drives before memory is given to KVM: their errors are the likeliest.
     let (kernel, initrd) = builder.load_kernel()?;
+    stage("kernel loaded");
     let drives = builder.add_drives()?;
     builder.add_vsock()?;
     builder.add_rng()?;
     let balloon = builder.add_balloon()?;
     let console = builder.add_console()?;
     builder.add_platform()?;
+    stage("devices made");
     builder.vm.map_ram(&ram)?;
     builder.write_boot_data(&kernel, initrd)?;
+    stage("boot data written");
     let config = builder.parts.config;
     let notifier = builder.parts.notifier.clone();
     let (bus, devices) = (Arc::new(builder.bus), builder.devices);
@@ -150,6 +158,7 @@ pub(super) fn build(prepared: Prepared, parts: Parts<'_>) -> Result<Guest> {
             vcpu.start(Arc::clone(&bus), on_fault)
         })
         .collect::<std::result::Result<_, _>>()?;
+    stage("vCPUs made");
     Ok(Guest {
         _vm: vm,
         vcpus,

@@ -21,7 +21,7 @@ use crate::backend::inherited;
 use crate::config::{Expect, Logger, Source, VmConfig};
 use crate::legacy::MachineEvent;
 use crate::metrics::{FLUSH_PERIOD, Metrics, Registry};
-use crate::{log, log_error, log_info, log_limited, log_warn};
+use crate::{log, log_debug, log_error, log_info, log_limited, log_warn};
 
 /// Exit status of a command line that is wrong.
 const BAD_COMMAND_LINE: i32 = 2;
@@ -360,6 +360,10 @@ impl Machine {
             Some(prepared) => prepared,
             None => self.prepare(self.configurator.config().machine_config.vcpu_count)?,
         };
+        log_debug!(
+            "VM made: {} us after the call",
+            self.guest_started.map_or(0, |at| at.elapsed().as_micros())
+        );
         let mut made = Vec::new();
         let built = assemble::build(
             prepared,
