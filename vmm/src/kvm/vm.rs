@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::arch::x86_64::layout;
 use crate::kvm::Vcpu;
+use crate::memory::registers::{self, RegisterPage};
 use crate::memory::{GuestRam, slots};
 use crate::virtio::device::InterruptLine;
 
@@ -109,14 +110,18 @@ impl Vm {
         Ok(())
     }
 
-    /// Maps host memory read-only: guest reads cost no exit, writes arrive as MMIO.
-    pub fn map_read_only(&mut self, guest: u64, page: &'static [u8]) -> Result<(), VmError> {
-        self.map(
-            guest,
-            page.len() as u64,
-            page.as_ptr() as u64,
-            KVM_MEM_READONLY,
-        )
+    /// Maps register pages, which lie one behind the other, read-only at `guest`: reads cost no
+    /// exit, writes arrive as MMIO. Returns false if this KVM cannot.
+    pub fn map_registers(&mut self, guest: u64, pages: &[RegisterPage]) -> Result<bool, VmError> {
+        let Some(first) = pages.first() else {
+            return Ok(false);
+        };
+        if !self.fd.check_extension(Cap::ReadonlyMem) {
+            return Ok(false);
+        }
+        let len = (pages.len() * registers::PAGE) as u64;
+        self.map(guest, len, first.address(), KVM_MEM_READONLY)?;
+        Ok(true)
     }
 
     fn map(&mut self, guest: u64, len: u64, host: u64, flags: u32) -> Result<(), VmError> {

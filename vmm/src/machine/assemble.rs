@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use kvm_bindings::CpuId;
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::events::{DeviceEvents, Notice, Notifier};
 use super::guest::{DriveHandle, Guest};
@@ -28,6 +29,7 @@ use crate::kvm::{GuestBus, Vcpu, VcpuError, Vm, VmError};
 use crate::legacy::{self, MachineEvents};
 use crate::log_debug;
 use crate::memory::discard::AnonymousPages;
+use crate::memory::registers::{RegisterPage, register_pages};
 use crate::memory::{self, GuestRam, MemoryError};
 use crate::metrics::Registry;
 use crate::virtio::balloon::{Balloon, BalloonHandle};
@@ -120,8 +122,12 @@ pub(super) fn build(prepared: Prepared, parts: Parts<'_>) -> Result<Guest> {
         cpuid,
     } = prepared;
     let started = Instant::now();
-    let stage =
-        |what: &str| log_debug!("{what}: {} us into the build", started.elapsed().as_micros());
+    let stage = |what: &str| {
+        log_debug!(
+            "{what}: {} us into the build",
+            started.elapsed().as_micros()
+        )
+    };
     let machine = &parts.config.machine_config;
     let ram = Arc::new(memory::allocate(u64::from(machine.mem_size_mib))?);
     let mut builder = Builder {
@@ -131,8 +137,11 @@ pub(super) fn build(prepared: Prepared, parts: Parts<'_>) -> Result<Guest> {
         devices: Vec::new(),
         windows: Vec::new(),
         claimed: Vec::new(),
+        pages: Vec::new(),
+        swallowed: Vec::new(),
         parts,
     };
+    builder.share_registers()?;
     // Kernel and drives before memory is given to KVM: their errors are the likeliest.
     let (kernel, initrd) = builder.load_kernel()?;
     stage("kernel loaded");
@@ -149,6 +158,7 @@ pub(super) fn build(prepared: Prepared, parts: Parts<'_>) -> Result<Guest> {
     let config = builder.parts.config;
     let notifier = builder.parts.notifier.clone();
     let (bus, devices) = (Arc::new(builder.bus), builder.devices);
+    let swallowed = builder.swallowed;
     set_up_vcpus(&vcpus, &ram, &cpuid, &kernel, &config.machine_config)?;
     let vcpus = vcpus
         .into_iter()
@@ -161,6 +171,7 @@ pub(super) fn build(prepared: Prepared, parts: Parts<'_>) -> Result<Guest> {
     stage("vCPUs made");
     Ok(Guest {
         _vm: vm,
+        _swallowed: swallowed,
         vcpus,
         bus,
         devices,
@@ -176,6 +187,10 @@ struct Builder<'a> {
     bus: GuestBus,
     devices: Vec<DeviceEvents>,
     windows: Vec<MmioDevice>,
+    /// Of all virtio devices, if the guest reads them without exits.
+    pages: Vec<RegisterPage>,
+    /// Event fds that nobody reads.
+    swallowed: Vec<EventFd>,
     /// Files of the drives so far: which, whether read-only, of which drive.
     claimed: Vec<(FileId, bool, String)>,
     parts: Parts<'a>,
@@ -206,6 +221,14 @@ impl Builder<'_> {
             }
         })?;
         Ok((kernel, Some(initrd)))
+    }
+
+    fn share_registers(&mut self) -> Result<()> {
+        let pages = register_pages(layout::VIRTIO_MAX_DEVICES).map_err(device("registers"))?;
+        if self.vm.map_registers(layout::VIRTIO_MMIO_START, &pages)? {
+            self.pages = pages;
+        }
+        Ok(())
     }
 
     fn add_drives(&mut self) -> Result<BTreeMap<String, DriveHandle>> {
@@ -354,9 +377,23 @@ impl Builder<'_> {
         }
         let address = layout::VIRTIO_MMIO_START + index as u64 * layout::VIRTIO_MMIO_LEN;
         let gsi = layout::VIRTIO_FIRST_GSI + index as u32;
-        let irq = Interrupt::new(Arc::new(self.vm.irqfd(gsi)?));
-        let transport = Transport::new(device, Arc::clone(&self.ram), irq)
+        let line = Arc::new(self.vm.irqfd(gsi)?);
+        let page = self.pages.get(index).copied();
+        let status = page.and_then(|page| page.word(register::INTERRUPT_STATUS));
+        let irq = match status {
+            Some(status) => Interrupt::with_register(line, status),
+            None => Interrupt::new(line),
+        };
+        let mut transport = Transport::new(device, Arc::clone(&self.ram), irq)
             .ok_or(AssembleError::TooManyDevices)?;
+        if let Some(page) = page {
+            transport.show_in(page);
+            // Acknowledging used buffers changes nothing then: KVM swallows it.
+            let swallowed = self
+                .vm
+                .ioeventfd(address + register::INTERRUPT_ACK, Some(1))?;
+            self.swallowed.push(swallowed);
+        }
         let mut kicks = Vec::new();
         for queue in transport.polled_queues() {
             let notify = address + register::QUEUE_NOTIFY;

@@ -3,6 +3,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use vmm_sys_util::eventfd::EventFd;
+
 use crate::kvm::{GuestBus, VcpuError, VcpuThread, Vm};
 use crate::virtio::balloon::BalloonHandle;
 use crate::virtio::blk;
@@ -25,6 +27,8 @@ pub(super) struct DriveHandle {
 pub(super) struct Guest {
     /// Keeps the VM's descriptor open, and with it memory slots and irqfds.
     pub(super) _vm: Vm,
+    /// Registered with KVM, read by nobody.
+    pub(super) _swallowed: Vec<EventFd>,
     pub(super) vcpus: Vec<VcpuThread>,
     pub(super) bus: Arc<GuestBus>,
     pub(super) devices: Vec<DeviceEvents>,

@@ -4,6 +4,7 @@
 //! touched exist; the mappings are named `guest-ram` for whoever reads `/proc/PID/smaps`.
 #![allow(unsafe_code)]
 pub mod discard;
+pub mod registers;
 pub mod segment;
 
 use std::io;

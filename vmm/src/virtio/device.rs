@@ -33,39 +33,65 @@ pub trait InterruptLine: Send + Sync {
 }
 
 /// The interrupt of one device: `InterruptStatus` and the line. Shared between the transport
-/// (which reads and acknowledges) and the device (which raises).
+/// (which acknowledges) and the device (which raises).
+///
+/// Where the guest reads its registers without an exit, `InterruptStatus` says *used buffers*
+/// all the time: then a driver's acknowledgement of that bit changes nothing and need not reach
+/// us either. A driver that looks into its rings for nothing finds nothing; the line is edge-triggered
+/// and raised only for a reason.
 #[derive(Clone)]
 pub struct Interrupt {
-    status: Arc<AtomicU32>,
+    status: Status,
     /// `ConfigGeneration`: changes with configuration space (virtio 1.2 §2.5).
     generation: Arc<AtomicU32>,
     line: Arc<dyn InterruptLine>,
 }
 
+#[derive(Clone)]
+enum Status {
+    /// Read and acknowledged by exits.
+    Own(Arc<AtomicU32>),
+    /// A register that the guest reads.
+    Shared(&'static AtomicU32),
+}
+
 impl Interrupt {
     pub fn new(line: Arc<dyn InterruptLine>) -> Self {
         Self {
-            status: Arc::default(),
+            status: Status::Own(Arc::default()),
             generation: Arc::default(),
             line,
+        }
+    }
+
+    /// `register` is `InterruptStatus` in a page that the guest reads.
+    pub fn with_register(line: Arc<dyn InterruptLine>, register: &'static AtomicU32) -> Self {
+        register.store(USED_RING, Ordering::Release);
+        Self {
+            status: Status::Shared(register),
+            ..Self::new(line)
         }
     }
 
     /// Tells the driver that used buffers wait in some queue. Callers ask
     /// `Queue::needs_notification` first.
     pub fn used_ring(&self) {
-        self.raise(USED_RING);
+        if let Status::Own(status) = &self.status {
+            status.fetch_or(USED_RING, Ordering::AcqRel);
+        }
+        self.trigger();
     }
 
     /// Tells the driver that configuration space, or the need for a reset, changed.
     pub fn config_changed(&self) {
         self.generation.fetch_add(1, Ordering::AcqRel);
-        self.raise(CONFIG_CHANGED);
+        self.word().fetch_or(CONFIG_CHANGED, Ordering::AcqRel);
+        self.trigger();
     }
 
     /// `InterruptStatus` as the driver reads it.
     pub fn status(&self) -> u32 {
-        self.status.load(Ordering::Acquire)
+        self.word().load(Ordering::Acquire)
     }
 
     /// `ConfigGeneration` as the driver reads it; wraps.
@@ -75,18 +101,32 @@ impl Interrupt {
 
     /// `InterruptACK`: clears `bits`.
     pub fn acknowledge(&self, bits: u32) {
-        self.status.fetch_and(!bits, Ordering::AcqRel);
+        self.word()
+            .fetch_and(!bits | self.always_on(), Ordering::AcqRel);
     }
 
-    /// Device reset, and restore of a saved status.
-    pub fn set_status(&self, bits: u32) {
-        self.status.store(bits, Ordering::Release);
+    /// Device reset.
+    pub fn reset(&self) {
+        self.word().store(self.always_on(), Ordering::Release);
     }
 
-    fn raise(&self, bit: u32) {
-        self.status.fetch_or(bit, Ordering::AcqRel);
+    fn word(&self) -> &AtomicU32 {
+        match &self.status {
+            Status::Own(status) => status,
+            Status::Shared(register) => register,
+        }
+    }
+
+    fn always_on(&self) -> u32 {
+        match self.status {
+            Status::Own(_) => 0,
+            Status::Shared(_) => USED_RING,
+        }
+    }
+
+    fn trigger(&self) {
         // An eventfd write fails only when 2^64-1 interrupts are pending, and then the
-        // line is raised already; KVM_IRQ_LINE does not fail on a wired GSI.
+        // line is raised already.
         let _ = self.line.trigger();
     }
 }

@@ -18,6 +18,7 @@ use super::device::{DeviceError, DeviceIo, HostEvent, Interrupt, VirtioDevice};
 use crate::bus::BusDevice;
 use crate::log::Level;
 use crate::memory::GuestRam;
+use crate::memory::registers::RegisterPage;
 
 /// Register offsets (§4.2.2).
 pub mod register {
@@ -49,6 +50,10 @@ pub mod register {
     pub const CONFIG: u64 = 0x100;
 }
 
+/// Bytes of configuration space that the guest can read without an exit; all our devices
+/// have less.
+const CONFIG_SHOWN: usize = 256;
+
 const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;
 /// "BELL".
@@ -73,6 +78,10 @@ pub struct Transport {
     driver_features_sel: u32,
     driver_features: u64,
     queue_sel: u32,
+    /// Where the guest reads the registers without an exit.
+    page: Option<RegisterPage>,
+    /// `ConfigGeneration` of the configuration space in `page`.
+    shown_generation: u32,
 }
 
 /// Locks a transport. A poisoned lock means that another thread has panicked and the process
@@ -99,7 +108,53 @@ impl Transport {
             driver_features_sel: 0,
             driver_features: 0,
             queue_sel: 0,
+            page: None,
+            shown_generation: 0,
         })
+    }
+
+    /// From now on the guest reads the registers from `page`, whose `InterruptStatus` the
+    /// interrupt writes itself.
+    pub fn show_in(&mut self, page: RegisterPage) {
+        use register as r;
+        self.page = Some(page);
+        for constant in [r::MAGIC, r::VERSION, r::DEVICE_ID, r::VENDOR_ID] {
+            page.set(constant, self.read_register(constant));
+        }
+        page.set(r::SHM_LEN_LOW, u32::MAX);
+        page.set(r::SHM_LEN_HIGH, u32::MAX);
+        self.show_config(page);
+        self.show_registers(page);
+    }
+
+    fn show_registers(&self, page: RegisterPage) {
+        use register as r;
+        for changing in [
+            r::DEVICE_FEATURES,
+            r::QUEUE_NUM_MAX,
+            r::QUEUE_READY,
+            r::STATUS,
+        ] {
+            page.set(changing, self.read_register(changing));
+        }
+    }
+
+    fn show_config(&mut self, page: RegisterPage) {
+        let mut config = [0; CONFIG_SHOWN];
+        self.device.read_config(0, &mut config);
+        page.set_bytes(register::CONFIG, &config);
+        self.shown_generation = self.irq.config_generation();
+        page.set(register::CONFIG_GENERATION, self.shown_generation);
+    }
+
+    /// The device may have changed its configuration space.
+    fn refresh_config(&mut self) {
+        if let Some(page) = self.page
+            && self.shown_generation != self.irq.config_generation()
+        {
+            self.show_config(page);
+            page.set(register::STATUS, self.status);
+        }
     }
 
     pub fn name(&self) -> &str {
@@ -133,6 +188,7 @@ impl Transport {
         if let Err(error) = call(self.device.as_mut(), active.then_some(&mut io)) {
             self.fail(&error);
         }
+        self.refresh_config();
     }
 
     /// The driver kicked `queue`.
@@ -362,7 +418,7 @@ impl Transport {
             self.device.reset();
         }
         self.queues.iter_mut().for_each(QueueT::reset);
-        self.irq.set_status(0);
+        self.irq.reset();
         self.status = 0;
         self.device_features_sel = 0;
         self.driver_features_sel = 0;
@@ -411,11 +467,17 @@ impl BusDevice for Transport {
             // §3.1.1: configuration is not touched before the driver has said what it can do.
             if self.status & DRIVER != 0 && self.status & (NEEDS_RESET | FAILED) == 0 {
                 self.device.write_config(offset, data);
+                if let Some(page) = self.page {
+                    self.show_config(page);
+                }
             }
             return;
         }
         if let (Ok(data), 0) = (<[u8; 4]>::try_from(data), offset % 4) {
             self.write_register(offset, u32::from_le_bytes(data));
+            if let Some(page) = self.page {
+                self.show_registers(page);
+            }
         }
     }
 }

@@ -196,7 +196,7 @@ impl<D: VirtioDevice> Harness<D> {
             let _ = self.drain();
         }
         self.device.reset();
-        self.irq.set_status(0);
+        self.irq.reset();
         self.reset_queues();
         self.active = false;
     }

@@ -270,7 +270,7 @@ fn hinting_runs_from_start_to_acknowledgement() {
     assert_eq!([7, 0, 0, 7], [0, 1, 2, 3].map(|page| page_of(&h, page)));
     assert_eq!(handle.hinting().guest_cmd, Some(run));
 
-    h.irq.set_status(0);
+    h.irq.reset();
     send(&mut h, HINTING, &0u32.to_le_bytes());
     assert_eq!(read_config(&h, 8), 1, "done: the guest has its pages back");
     assert_eq!(h.irq.status() & 2, 2);

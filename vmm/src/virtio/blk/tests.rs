@@ -501,7 +501,7 @@ fn the_same_file_resized_is_measured_again() {
     assert_eq!(u64::from_le_bytes(capacity), 8192);
     d.file.set_len(100).unwrap();
     control.rescan();
-    d.h.irq.set_status(0);
+    d.h.irq.reset();
     d.h.poll_host(1000).unwrap();
     assert_eq!(d.h.irq.status(), 0);
     d.h.device.read_config(0, &mut capacity);
