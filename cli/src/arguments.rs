@@ -91,6 +91,7 @@ pub(crate) struct Run {
     pub(crate) memory: Size,
 
     /// Size of the writable disk that goes away with the guest; 'none' keeps what is written in memory
+    /// [default: 1G]
     #[arg(long, value_name = "SIZE", value_parser = parse_disk, help_heading = "The guest")]
     pub(crate) disk: Option<DiskChoice>,
 
