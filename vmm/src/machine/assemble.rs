@@ -466,6 +466,9 @@ impl Builder<'_> {
         let Some(source) = &self.parts.config.boot_source else {
             return Ok(());
         };
+        // With ACPI too: a kernel that finds the table at once need not search 64 KiB for it,
+        // word by word; what it then uses is ACPI's.
+        mptable::write(&self.ram, cpus)?;
         let rsdp = match source.discovery {
             Discovery::Acpi => {
                 self.write_generation_id()?;
@@ -473,7 +476,6 @@ impl Builder<'_> {
             }
             Discovery::CommandLine => {
                 self.vm.create_pit()?;
-                mptable::write(&self.ram, cpus)?;
                 None
             }
         };
