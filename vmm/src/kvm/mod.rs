@@ -7,4 +7,4 @@ mod vcpu;
 mod vm;
 
 pub use vcpu::{ExitCounters, Fault, GuestBus, Vcpu, VcpuError, VcpuThread};
-pub use vm::{IrqFd, Vm, VmError};
+pub use vm::{IrqFd, IrqLine, Vm, VmError};

@@ -1,6 +1,7 @@
 //! One KVM virtual machine: irqchip, memory slots, ioeventfds, irqfds.
 use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
 
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
@@ -53,7 +54,7 @@ const REQUIRED: [(Cap, &str); 8] = [
 
 pub struct Vm {
     kvm: Kvm,
-    fd: VmFd,
+    fd: Arc<VmFd>,
     next_slot: u32,
 }
 
@@ -72,7 +73,7 @@ impl Vm {
         if version != API_VERSION {
             return Err(VmError::Version(version));
         }
-        let fd = create(&kvm)?;
+        let fd = Arc::new(create(&kvm)?);
         for (cap, name) in REQUIRED {
             if !kvm.check_extension(cap) {
                 return Err(VmError::Missing(name));
@@ -162,6 +163,14 @@ impl Vm {
         Ok(IrqFd(fd))
     }
 
+    /// The same, raised by a call into KVM instead of through an event fd.
+    pub fn irq_line(&self, gsi: u32) -> IrqLine {
+        IrqLine {
+            vm: Arc::clone(&self.fd),
+            gsi,
+        }
+    }
+
     /// What CPUID this host's KVM can give to guests.
     pub fn supported_cpuid(&self) -> Result<CpuId, VmError> {
         self.kvm
@@ -199,6 +208,22 @@ fn event_fd() -> Result<EventFd, VmError> {
         what: "make an event fd".into(),
         source,
     })
+}
+
+/// An edge-triggered line of the IOAPIC, pulsed from the thread that has used buffers. An irqfd
+/// would hand the interrupt to a kernel worker first, because KVM cannot deliver through the
+/// IOAPIC from the middle of a write to an event fd: two context switches more.
+pub struct IrqLine {
+    vm: Arc<VmFd>,
+    gsi: u32,
+}
+
+impl InterruptLine for IrqLine {
+    fn trigger(&self) -> io::Result<()> {
+        let to_io = |e: kvm_ioctls::Error| io::Error::from_raw_os_error(e.errno());
+        self.vm.set_irq_line(self.gsi, true).map_err(to_io)?;
+        self.vm.set_irq_line(self.gsi, false).map_err(to_io)
+    }
 }
 
 /// An interrupt line behind an irqfd.

@@ -377,7 +377,7 @@ impl Builder<'_> {
         }
         let address = layout::VIRTIO_MMIO_START + index as u64 * layout::VIRTIO_MMIO_LEN;
         let gsi = layout::VIRTIO_FIRST_GSI + index as u32;
-        let line = Arc::new(self.vm.irqfd(gsi)?);
+        let line = Arc::new(self.vm.irq_line(gsi));
         let page = self.pages.get(index).copied();
         let status = page.and_then(|page| page.word(register::INTERRUPT_STATUS));
         let irq = match status {
