@@ -126,7 +126,7 @@ pub(super) fn build(prepared: Prepared, parts: Parts<'_>) -> Result<Guest> {
         log_debug!(
             "{what}: {} us into the build",
             started.elapsed().as_micros()
-        )
+        );
     };
     let machine = &parts.config.machine_config;
     let ram = Arc::new(memory::allocate(u64::from(machine.mem_size_mib))?);

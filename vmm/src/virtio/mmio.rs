@@ -455,7 +455,7 @@ impl BusDevice for Transport {
         // Registers are read and written as aligned 32-bit words (§4.2.2.2).
         match <&mut [u8; 4]>::try_from(data) {
             Ok(data) if offset.is_multiple_of(4) => {
-                *data = self.read_register(offset).to_le_bytes()
+                *data = self.read_register(offset).to_le_bytes();
             }
             Ok(data) => data.fill(0),
             Err(_) => {}
