@@ -1,0 +1,103 @@
+//! As much HTTP as a VMM's API needs: one keep-alive connection, one call at a time.
+
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+
+use crate::failure::{Attempt, Failure, Result};
+
+/// Longest answer that makes sense.
+const ANSWER_MAX: usize = 64 * 1024;
+
+pub(crate) struct Client {
+    stream: UnixStream,
+}
+
+impl AsFd for Client {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+impl Client {
+    pub(crate) fn new(stream: UnixStream) -> Self {
+        Self { stream }
+    }
+
+    pub(crate) fn get(&mut self, path: &str) -> Result<()> {
+        self.send(&format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n"))?;
+        self.answer(path)
+    }
+
+    pub(crate) fn put(&mut self, path: &str, body: &serde_json::Value) -> Result<()> {
+        self.begin_put(path, body)?;
+        self.answer(path)
+    }
+
+    /// Sends a call whose answer is taken later with [`Self::answer`].
+    pub(crate) fn begin_put(&mut self, path: &str, body: &serde_json::Value) -> Result<()> {
+        let body = body.to_string();
+        let length = body.len();
+        self.send(&format!(
+            "PUT {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
+        ))
+    }
+
+    fn send(&mut self, request: &str) -> Result<()> {
+        self.stream
+            .write_all(request.as_bytes())
+            .attempt("cannot send to the API")
+    }
+
+    /// Takes one answer; anything but success is an error.
+    pub(crate) fn answer(&mut self, path: &str) -> Result<()> {
+        let mut taken = Vec::new();
+        let mut buffer = [0; 4096];
+        loop {
+            if let Some(status) = complete(&taken) {
+                return if status / 100 == 2 {
+                    Ok(())
+                } else {
+                    let text = String::from_utf8_lossy(&taken);
+                    Err(Failure(format!("{path} was refused: {text}")))
+                };
+            }
+            let length = self
+                .stream
+                .read(&mut buffer)
+                .attempt(format!("no answer to {path}"))?;
+            if length == 0 || taken.len() > ANSWER_MAX {
+                return Err(Failure(format!("{path} was not answered")));
+            }
+            taken.extend_from_slice(buffer.get(..length).unwrap_or_default());
+        }
+    }
+}
+
+/// The status of a response, once its head and body are all there.
+fn complete(bytes: &[u8]) -> Option<u16> {
+    let text = String::from_utf8_lossy(bytes);
+    let (head, body) = text.split_once("\r\n\r\n")?;
+    let status = head.split(' ').nth(1)?.parse().ok()?;
+    let length = head
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .find(|(name, _)| name.eq_ignore_ascii_case("content-length"))
+        .map_or(Some(0), |(_, value)| value.trim().parse().ok())?;
+    (body.len() >= length).then_some(status)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::complete;
+
+    #[test]
+    fn an_answer_is_complete_with_its_body() {
+        let answer = b"HTTP/1.1 200 \r\ncontent-length: 2\r\n\r\n{}";
+        assert_eq!(complete(answer), Some(200));
+        for cut in 0..answer.len() {
+            assert_eq!(complete(answer.get(..cut).unwrap()), None, "{cut}");
+        }
+        assert_eq!(complete(b"HTTP/1.1 204 No Content\r\n\r\n"), Some(204));
+    }
+}

@@ -1,0 +1,2 @@
+//! What the benchmark and the program in its guests share.
+pub mod wire;

@@ -1,0 +1,185 @@
+//! What host and guest say to each other: fixed-size records of little-endian 64-bit words.
+//!
+//! The guest connects to [`BOOT_PORT`] of the host and sends a [`Boot`]; when it listens on its own
+//! ports it sends one more byte there. The host then connects to the guest's ports.
+
+/// Host port of the boot reply.
+pub const BOOT_PORT: u32 = 5000;
+/// Guest port that sends every byte back.
+pub const ECHO_PORT: u32 = 5001;
+/// Guest port that answers [`Bulk`] requests, one after the other.
+pub const BULK_PORT: u32 = 5002;
+/// Guest port that answers [`Block`] requests, one after the other.
+pub const BLOCK_PORT: u32 = 5003;
+
+/// Begins every [`Boot`], so that nothing else is taken for one.
+const MAGIC: u64 = u64::from_le_bytes(*b"BJBENCH1");
+
+/// Splits `N` words out of bytes.
+fn words<const N: usize>(bytes: &[u8]) -> [u64; N] {
+    let mut words = [0; N];
+    for (word, chunk) in words.iter_mut().zip(bytes.chunks_exact(8)) {
+        *word = chunk
+            .iter()
+            .rev()
+            .fold(0, |sum, byte| sum << 8 | u64::from(*byte));
+    }
+    words
+}
+
+fn bytes<const N: usize>(words: &[u64]) -> [u8; N] {
+    let mut bytes = [0; N];
+    for (chunk, word) in bytes.chunks_exact_mut(8).zip(words) {
+        chunk.copy_from_slice(&word.to_le_bytes());
+    }
+    bytes
+}
+
+/// The guest's first words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Boot {
+    /// `CLOCK_BOOTTIME` at the first line of PID 1, nanoseconds since the kernel's clock began.
+    pub init_ns: u64,
+    /// The same clock just before this record is sent.
+    pub sent_ns: u64,
+}
+
+impl Boot {
+    /// Bytes of a record.
+    pub const SIZE: usize = 24;
+
+    #[must_use]
+    pub fn encode(self) -> [u8; Self::SIZE] {
+        bytes(&[MAGIC, self.init_ns, self.sent_ns])
+    }
+
+    /// `None`: the bytes are something else.
+    #[must_use]
+    pub fn decode(record: &[u8; Self::SIZE]) -> Option<Self> {
+        let [magic, init_ns, sent_ns] = words(record);
+        (magic == MAGIC).then_some(Self { init_ns, sent_ns })
+    }
+}
+
+/// A request on [`BULK_PORT`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bulk {
+    /// True: the guest sends `total` bytes. False: it takes them and answers with one byte.
+    pub from_guest: bool,
+    pub total: u64,
+    /// Bytes per `read` or `write`.
+    pub chunk: u64,
+}
+
+impl Bulk {
+    /// Bytes of a record.
+    pub const SIZE: usize = 24;
+
+    #[must_use]
+    pub fn encode(self) -> [u8; Self::SIZE] {
+        bytes(&[u64::from(self.from_guest), self.total, self.chunk])
+    }
+
+    #[must_use]
+    pub fn decode(record: &[u8; Self::SIZE]) -> Self {
+        let [from_guest, total, chunk] = words(record);
+        Self {
+            from_guest: from_guest != 0,
+            total,
+            chunk,
+        }
+    }
+}
+
+/// What a [`Block`] request does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    RandomRead,
+    RandomWrite,
+    SequentialRead,
+}
+
+/// A request on [`BLOCK_PORT`]. Answer: the count as a word, then as many words with the
+/// nanoseconds of each operation; or [`Block::FAILED`] and the errno.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Block {
+    pub access: Access,
+    /// 0 is `/dev/vda`.
+    pub drive: u64,
+    /// Bytes per operation; a multiple of 4096.
+    pub size: u64,
+    /// Operations.
+    pub count: u64,
+}
+
+impl Block {
+    /// Bytes of a record.
+    pub const SIZE: usize = 32;
+    /// In place of the count: it did not work.
+    pub const FAILED: u64 = u64::MAX;
+
+    #[must_use]
+    pub fn encode(self) -> [u8; Self::SIZE] {
+        let access = match self.access {
+            Access::RandomRead => 0,
+            Access::RandomWrite => 1,
+            Access::SequentialRead => 2,
+        };
+        bytes(&[access, self.drive, self.size, self.count])
+    }
+
+    #[must_use]
+    pub fn decode(record: &[u8; Self::SIZE]) -> Self {
+        let [access, drive, size, count] = words(record);
+        Self {
+            access: match access {
+                0 => Access::RandomRead,
+                1 => Access::RandomWrite,
+                _ => Access::SequentialRead,
+            },
+            drive,
+            size,
+            count,
+        }
+    }
+}
+
+/// One word of an answer.
+#[must_use]
+pub fn word(bytes: [u8; 8]) -> u64 {
+    u64::from_le_bytes(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_come_back_as_they_were() {
+        let boot = Boot {
+            init_ns: 7,
+            sent_ns: u64::MAX,
+        };
+        assert_eq!(Boot::decode(&boot.encode()), Some(boot));
+        assert_eq!(Boot::decode(&[0; Boot::SIZE]), None);
+        let bulk = Bulk {
+            from_guest: true,
+            total: 1 << 40,
+            chunk: 65536,
+        };
+        assert_eq!(Bulk::decode(&bulk.encode()), bulk);
+        for access in [
+            Access::RandomRead,
+            Access::RandomWrite,
+            Access::SequentialRead,
+        ] {
+            let block = Block {
+                access,
+                drive: 1,
+                size: 4096,
+                count: 300,
+            };
+            assert_eq!(Block::decode(&block.encode()), block);
+        }
+    }
+}
