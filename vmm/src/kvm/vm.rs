@@ -27,6 +27,8 @@ pub enum VmError {
     Open(io::Error),
     #[error("the host's KVM speaks API version {0}, not {API_VERSION}")]
     Version(i32),
+    #[error("/dev/kvm, or the descriptor given for it, is not KVM: {0}")]
+    NotKvm(io::Error),
     #[error("the host's KVM lacks {0}")]
     Missing(&'static str),
     #[error("KVM refused to {what}: {source}")]
@@ -70,6 +72,9 @@ impl Vm {
             }
         };
         let version = kvm.get_api_version();
+        if version < 0 {
+            return Err(VmError::NotKvm(io::Error::last_os_error()));
+        }
         if version != API_VERSION {
             return Err(VmError::Version(version));
         }

@@ -126,6 +126,8 @@ impl Machine {
         let (notifier, notices) = Notices::new().map_err(|e| format!("notices: {e}"))?;
         let published = Arc::new(Published::new(args.id.clone()));
         let sockets = SocketFiles::default();
+        // Before there is a socket that a signal could leave behind.
+        let signals = signals::watch().map_err(|e| format!("signal handlers: {e}"))?;
         let api = match &args.api_sock {
             Some(source) => Some(bind_api(&configurator, source)?),
             None => None,
@@ -149,7 +151,6 @@ impl Machine {
             None => None,
         };
         let woken = Woken::default();
-        let signals = signals::watch().map_err(|e| format!("signal handlers: {e}"))?;
         let mut manager =
             EventManager::new_with_capacity(EVENTS_A_TURN).map_err(|e| format!("epoll: {e:?}"))?;
         manager.add_subscriber(Subscriber::Control {
