@@ -82,9 +82,18 @@ impl Interrupt {
         self.trigger();
     }
 
-    /// Tells the driver that configuration space, or the need for a reset, changed.
+    /// Tells the driver that configuration space, or the need for a reset, changed. Where the
+    /// driver reads it in a page, the transport has to show it there first: it calls
+    /// [`Self::tell_config`] then.
     pub fn config_changed(&self) {
         self.generation.fetch_add(1, Ordering::AcqRel);
+        if let Status::Own(_) = self.status {
+            self.tell_config();
+        }
+    }
+
+    /// The second half of [`Self::config_changed`]: the interrupt.
+    pub fn tell_config(&self) {
         self.word().fetch_or(CONFIG_CHANGED, Ordering::AcqRel);
         self.trigger();
     }

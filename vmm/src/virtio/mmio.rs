@@ -154,6 +154,8 @@ impl Transport {
         {
             self.show_config(page);
             page.set(register::STATUS, self.status);
+            // Only now: a driver that reads earlier would take the old one for the news.
+            self.irq.tell_config();
         }
     }
 
@@ -189,6 +191,10 @@ impl Transport {
             self.fail(&error);
         }
         self.refresh_config();
+        // A change before the driver is there is no news, but is what it reads when it comes.
+        if let (false, Some(page)) = (active, self.page) {
+            self.show_config(page);
+        }
     }
 
     /// The driver kicked `queue`.
@@ -220,6 +226,7 @@ impl Transport {
         {
             self.fail(&error);
         }
+        self.refresh_config();
     }
 
     /// After pause: whatever the driver put into its queues meanwhile is looked at.

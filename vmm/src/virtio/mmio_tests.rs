@@ -274,3 +274,97 @@ proptest! {
         prop_assert_eq!(driver.calls(), [Call::Activate(VERSION_1)]);
     }
 }
+
+/// A drive-like device whose configuration space is a number that its host end changes.
+struct Sized(u32);
+
+impl VirtioDevice for Sized {
+    fn device_type(&self) -> u32 {
+        42
+    }
+    fn name(&self) -> &str {
+        "sized"
+    }
+    fn queue_sizes(&self) -> &[u16] {
+        &[16]
+    }
+    fn features(&self) -> u64 {
+        0
+    }
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        for (to, from) in data.iter_mut().zip(self.0.to_le_bytes()) {
+            *to = from;
+        }
+    }
+    fn activate(&mut self, _: &mut DeviceIo<'_>, _: u64) -> Result<(), DeviceError> {
+        Ok(())
+    }
+    fn queue_notified(&mut self, _: &mut DeviceIo<'_>, _: usize) -> Result<(), DeviceError> {
+        Ok(())
+    }
+    fn host_ready(&mut self, io: Option<&mut DeviceIo<'_>>, token: u16) -> Result<(), DeviceError> {
+        self.0 = token.into();
+        if let Some(io) = io {
+            io.irq.config_changed();
+        }
+        Ok(())
+    }
+    fn reset(&mut self) {}
+}
+
+/// What the driver would read at the moment of each interrupt: size and generation.
+struct Reader {
+    page: RegisterPage,
+    seen: Mutex<Vec<(u32, u32)>>,
+}
+
+impl Reader {
+    fn read(&self, at: u64) -> u32 {
+        u32::from_le(self.page.word(at).unwrap().load(Ordering::Acquire))
+    }
+}
+
+impl crate::virtio::device::InterruptLine for Reader {
+    fn trigger(&self) -> std::io::Result<()> {
+        let now = (
+            self.read(register::CONFIG),
+            self.read(register::CONFIG_GENERATION),
+        );
+        self.seen.lock().unwrap().push(now);
+        Ok(())
+    }
+}
+
+#[test]
+fn the_page_shows_a_change_before_the_interrupt_tells_of_it() {
+    let page = crate::memory::registers::register_pages(1).unwrap()[0];
+    let reader = Arc::new(Reader {
+        page,
+        seen: Mutex::default(),
+    });
+    let status = page.word(register::INTERRUPT_STATUS).unwrap();
+    let irq = Interrupt::with_register(reader.clone(), status);
+    let ram = Arc::new(allocate(32).unwrap());
+    let mut transport = Transport::new(Box::new(Sized(1)), ram, irq).unwrap();
+    transport.show_in(page);
+    assert_eq!(reader.read(register::CONFIG), 1);
+
+    // No driver yet: it finds the new size, and is not interrupted.
+    transport.host_ready(2);
+    assert_eq!(reader.read(register::CONFIG), 2);
+    assert!(reader.seen.lock().unwrap().is_empty());
+
+    let mut write = |at: u64, value: u32| transport.write(at, &value.to_le_bytes());
+    write(register::STATUS, ACKNOWLEDGE | DRIVER);
+    write(register::DRIVER_FEATURES_SEL, 1);
+    write(register::DRIVER_FEATURES, 1);
+    let agreed = ACKNOWLEDGE | DRIVER | FEATURES_OK;
+    write(register::STATUS, agreed);
+    write(register::STATUS, agreed | DRIVER_OK);
+    assert_eq!(reader.read(register::STATUS), agreed | DRIVER_OK);
+
+    transport.host_ready(3);
+    assert_eq!(*reader.seen.lock().unwrap(), [(3, 1)]);
+    assert_eq!(reader.read(register::INTERRUPT_STATUS) & 2, 2);
+}
