@@ -172,8 +172,9 @@ fn make_ring(file: &RawFile, wakeup: Option<&EventFd>) -> io::Result<IoUring> {
     let submitter = ring.submitter();
     submitter.register_files(&[file.file().as_raw_fd()])?;
     if let Some(wakeup) = wakeup {
-        // Only for what does not finish during submission: that is collected right there.
-        submitter.register_eventfd_async(wakeup.as_raw_fd())?;
+        // Not the `async` kind: that is silent about what finishes in this thread's own task work
+        // (reads that miss the page cache, direct I/O), and the guest would wait for ever.
+        submitter.register_eventfd(wakeup.as_raw_fd())?;
     }
     submitter.register_restrictions(&mut [
         Restriction::sqe_op(opcode::Read::CODE),

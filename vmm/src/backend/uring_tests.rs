@@ -157,3 +157,46 @@ fn requests_in_flight_keep_their_guest_memory() {
     assert_eq!(done.len(), started);
     assert!(done.iter().all(|(_, result)| result.is_ok()));
 }
+
+/// Reads that miss the page cache finish after submission, on a worker or in this thread's own
+/// task work: the event loop must hear of both.
+#[test]
+fn whatever_finishes_after_submission_wakes_the_event_loop() {
+    const READS: u16 = 32;
+    const GAP: u64 = 512 << 10;
+    let (mut disk, file) = disk(usize::from(READS) * GAP as usize);
+    let wakeup = EventFd::new(EFD_NONBLOCK).unwrap();
+    disk.notify_through(wakeup.try_clone().unwrap());
+    file.sync_all().unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    let mem = ram();
+    let mut done = Vec::new();
+    for tag in 0..READS {
+        let to = [segment(u64::from(tag) * 4096, 4096)];
+        let offset = u64::from(tag) * GAP;
+        if let Started::Done(result) = disk.start(&mem, Op::Read { to: &to, offset }, tag) {
+            done.push((tag, result));
+        }
+    }
+    disk.submit().unwrap();
+    disk.reap(false, &mut done).unwrap();
+    while done.len() < usize::from(READS) {
+        // SAFETY: `wakeup` is open until the end of the test.
+        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(wakeup.as_raw_fd()) };
+        let mut fds = [rustix::event::PollFd::from_borrowed_fd(
+            fd,
+            rustix::event::PollFlags::IN,
+        )];
+        let limit = rustix::event::Timespec {
+            tv_sec: 5,
+            tv_nsec: 0,
+        };
+        match rustix::event::poll(&mut fds, Some(&limit)) {
+            Err(rustix::io::Errno::INTR) => continue,
+            ready => assert_eq!(ready, Ok(1), "{} of {READS} were told", done.len()),
+        }
+        wakeup.read().unwrap();
+        disk.reap(false, &mut done).unwrap();
+    }
+    assert!(done.iter().all(|(_, result)| result.is_ok()));
+}
