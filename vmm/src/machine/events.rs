@@ -2,6 +2,7 @@
 use std::cell::Cell;
 use std::os::fd::{AsRawFd, RawFd};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
@@ -19,16 +20,24 @@ pub(super) enum Notice {
     Fault(Fault),
 }
 
-/// The sending end of the notices. A guest can cause many only on its way down, and each
-/// of its writes costs it an exit; the queue is emptied at every turn of the loop.
+/// The sending end of the notices. What a guest tells is passed on the first time only: it can
+/// write these registers for ever, on all its vCPUs, and nothing it says twice means more.
 #[derive(Clone)]
 pub(super) struct Notifier {
     queue: Arc<Mutex<Sender<Notice>>>,
     waker: Arc<EventFd>,
+    /// Guest's events that were sent, by bit.
+    told: Arc<AtomicU32>,
 }
 
 impl Notifier {
     pub(super) fn send(&self, notice: Notice) {
+        if let Notice::Event(event) = notice {
+            let bit = 1 << event as u32;
+            if self.told.fetch_or(bit, Ordering::AcqRel) & bit != 0 {
+                return;
+            }
+        }
         let queue = self
             .queue
             .lock()
@@ -52,6 +61,7 @@ impl Notices {
         let notifier = Notifier {
             queue: Arc::new(Mutex::new(sender)),
             waker: Arc::clone(&waker),
+            told: Arc::default(),
         };
         Ok((notifier, Self { queue, waker }))
     }
@@ -138,5 +148,38 @@ impl MutEventSubscriber for Subscriber {
             }
             Self::Device(device) => Self::device_event(device, events.data()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_repeats_itself_fills_no_queue() {
+        let (notifier, notices) = Notices::new().unwrap();
+        for _ in 0..10_000 {
+            for event in [
+                MachineEvent::CrashLoaded,
+                MachineEvent::Panicked,
+                MachineEvent::Reset,
+            ] {
+                notifier.clone().send(Notice::Event(event));
+            }
+        }
+        notifier.send(Notice::Fault(Fault::TripleFault));
+        let mut got = Vec::new();
+        while let Some(notice) = notices.next() {
+            got.push(format!("{notice:?}"));
+        }
+        assert_eq!(
+            got,
+            [
+                "Event(CrashLoaded)",
+                "Event(Panicked)",
+                "Event(Reset)",
+                "Fault(TripleFault)"
+            ]
+        );
     }
 }
