@@ -286,9 +286,7 @@ impl Runner {
                 self.attend();
             }
             if let Err(fault) = self.run_once() {
-                if let Some(report) = self.on_fault.take() {
-                    report(fault);
-                }
+                self.report(fault);
                 self.control.want(Wanted::Pause);
             }
         }
@@ -296,7 +294,9 @@ impl Runner {
 
     /// Waits while a pause is wanted. Threads of vCPUs end with the process.
     fn attend(&mut self) {
-        self.finish_exit();
+        if let Err(fault) = self.finish_exit() {
+            self.report(fault);
+        }
         let control = Arc::clone(&self.control);
         let mut state = control.lock();
         while state.wanted == Wanted::Pause {
@@ -313,12 +313,32 @@ impl Runner {
         control.attention.store(false, Ordering::Release);
     }
 
-    /// KVM completes an I/O exit on the next KVM_RUN (api.rst 4.10): enter once with
-    /// immediate_exit, so that the registers are whole before anybody looks at them.
-    fn finish_exit(&mut self) {
+    fn report(&mut self, fault: Fault) {
+        if let Some(report) = self.on_fault.take() {
+            report(fault);
+        }
+    }
+
+    /// KVM completes an I/O exit on the next KVM_RUN (api.rst 4.10): enter with immediate_exit,
+    /// so that the registers are whole before anybody looks at them. Completing one exit can
+    /// bring the next of the same instruction (a wide or repeated MMIO access), which must be
+    /// served like any other. KVM emulates at most 1,024 repetitions in a row.
+    fn finish_exit(&mut self) -> Result<(), Fault> {
+        const MOST: usize = 4096;
         self.fd.set_kvm_immediate_exit(1);
-        let _ = self.fd.run();
+        let mut finished = Ok(());
+        for _ in 0..MOST {
+            match self.fd.run() {
+                // Nothing is left to complete.
+                Ok(VcpuExit::Intr) | Err(_) => break,
+                Ok(exit) => finished = handle(&self.bus, exit),
+            }
+            if finished.is_err() {
+                break;
+            }
+        }
         self.fd.set_kvm_immediate_exit(0);
+        finished
     }
 
     fn run_once(&mut self) -> Result<(), Fault> {
