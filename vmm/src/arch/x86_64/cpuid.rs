@@ -6,7 +6,7 @@
 //! `Baseline::Host` passes on all that KVM offers.
 //! Leaves and bits: Intel SDM volume 2 "CPUID", AMD APM volume 3 appendix E, and
 //! Documentation/virt/kvm/x86/cpuid.rst for 0x4000_0001.
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 use crate::config::CpuBaseline as Baseline;
 
@@ -72,6 +72,7 @@ pub fn for_vcpu(
         .copied()
         .filter(|e| keep(e, baseline))
         .collect();
+    complete_topology(&mut entries);
     for entry in &mut entries {
         if baseline == Baseline::Portable {
             mask(entry);
@@ -79,6 +80,22 @@ pub fn for_vcpu(
         describe(entry, index, count);
     }
     CpuId::from_entries(&entries).map_err(|_| CpuidError(entries.len()))
+}
+
+/// KVM lists only the first level of the topology leaves (since Linux 6.2: "no topology"). With
+/// that alone a guest would find every vCPU in a package of its own.
+fn complete_topology(entries: &mut Vec<kvm_cpuid_entry2>) {
+    const LEVELS: std::ops::Range<u32> = 0..3;
+    for function in [0xb, 0x1f] {
+        let first = entries.iter().find(|e| e.function == function).copied();
+        let Some(first) = first else { continue };
+        entries.retain(|e| e.function != function);
+        entries.extend(LEVELS.map(|index| kvm_cpuid_entry2 {
+            index,
+            flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+            ..first
+        }));
+    }
 }
 
 /// The XSAVE state components of `cpuid`, as XCR0 has them; zero without XSAVE.
@@ -236,6 +253,34 @@ mod tests {
             .unwrap()
     }
 
+    fn find_level(cpuid: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
+        *cpuid
+            .as_slice()
+            .iter()
+            .find(|e| e.function == function && e.index == index)
+            .unwrap()
+    }
+
+    /// What KVM offers since Linux 6.2: a first level, and nothing in it.
+    #[test]
+    fn all_vcpus_are_cores_of_one_package() {
+        let bare = kvm_cpuid_entry2 {
+            function: 0xb,
+            flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+            ..Default::default()
+        };
+        let cpuid = make(&[bare], 3, 8, Baseline::Portable);
+        let level = |index| {
+            let e = find_level(&cpuid, 0xb, index);
+            assert_eq!((e.edx, e.flags), (3, KVM_CPUID_FLAG_SIGNIFCANT_INDEX));
+            (e.eax, e.ebx, e.ecx)
+        };
+        assert_eq!(level(0), (0, 1, 1 << 8), "one thread a core");
+        assert_eq!(level(1), (3, 8, 2 << 8 | 1), "eight cores in the package");
+        assert_eq!(level(2), (0, 0, 2), "nothing above");
+        assert_eq!(cpuid.as_slice().len(), 3);
+    }
+
     #[test]
     fn apic_ids_and_counts_follow_the_vcpu() {
         let all = [entry(1, 0), entry(0xb, 1), entry(0x8000_0008, 0)];
@@ -245,7 +290,7 @@ mod tests {
                 let leaf1 = find(&cpuid, 1);
                 assert_eq!(leaf1.ebx >> 24, u32::from(index));
                 assert_eq!(leaf1.ebx >> 16 & 0xff, u32::from(count));
-                let topology = find(&cpuid, 0xb);
+                let topology = find_level(&cpuid, 0xb, 1);
                 assert_eq!(topology.edx, u32::from(index));
                 assert!(1 << topology.eax >= u32::from(count));
                 assert_eq!(find(&cpuid, 0x8000_0008).ecx & 0xff, u32::from(count) - 1);
