@@ -215,6 +215,9 @@ impl VirtioDevice for Vsock {
         if let Some(io) = io {
             let again = again && self.drain_tx(io)?;
             self.finish_call(io, again)?;
+        } else {
+            // A driver that broke the rules answers nobody: whoever connects still learns it in time.
+            self.host.arm_timer(&self.muxer);
         }
         Ok(())
     }

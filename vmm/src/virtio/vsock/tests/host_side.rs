@@ -1,6 +1,7 @@
 //! Host programs that are slow, rude, early or gone.
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::super::connection::REQUEST_TIMEOUT;
 use super::super::host::{GREETING_TIMEOUT, MAX_GREETINGS};
@@ -9,6 +10,8 @@ use super::super::packet::*;
 use super::super::{Dial, RX, listen};
 use super::guest::*;
 use crate::backend::unix::ListenError;
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::testing::hostile;
 
 fn is_closed(socket: &mut UnixStream) -> bool {
     socket.set_nonblocking(true).unwrap();
@@ -38,6 +41,28 @@ fn guest_that_never_answers_is_given_up() {
     guest.advance(1);
     assert!(is_closed(&mut host));
     assert_eq!(ops(&guest.recv()), [Op::Rst]);
+}
+
+/// The transport hands over no queues while it waits for the driver's reset.
+#[test]
+fn a_device_that_needs_a_reset_still_ends_what_nobody_answers() {
+    let mut guest = Guest::new();
+    let clock = AtomicU64::new(0);
+    let device = &mut guest.h.device;
+    device.host.set_clock(Box::new(move || {
+        clock.fetch_add(2 * REQUEST_TIMEOUT, Ordering::Relaxed)
+    }));
+    let mut host = UnixStream::connect(guest.path()).unwrap();
+    host.write_all(b"CONNECT 9\n").unwrap();
+    for _ in 0..10 {
+        let device = &mut guest.h.device;
+        hostile::readable(&device.host_events(), 1000);
+        device.host_ready(None, 0).unwrap();
+        if is_closed(&mut host) {
+            return;
+        }
+    }
+    panic!("the host was left waiting");
 }
 
 #[test]
