@@ -2,7 +2,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use rustix::fs::{FileType, Mode, OFlags};
 
@@ -98,7 +98,8 @@ impl Descriptors {
     }
 
     /// Opens `source` as `expect` says. Never blocks (a FIFO in the place of a file is refused,
-    /// not waited for). A descriptor is taken as it is; only its kind is checked.
+    /// not waited for). A descriptor is taken as it is and its kind checked; but an output that
+    /// could block is made non-blocking, since nobody may make the VMM wait by not reading.
     pub fn open(&self, field: &str, source: &Source, expect: Expect) -> Result<File, OpenError> {
         let fd = match source {
             Source::Fd(name) => self.duplicate(field, name)?,
@@ -116,8 +117,37 @@ impl Descriptors {
         };
         let file = File::from(fd);
         expect.check(field, source, &file)?;
-        Ok(file)
+        if expect != Expect::Output {
+            return Ok(file);
+        }
+        nonblocking(file).map_err(|e| OpenError::Open {
+            field: field.to_owned(),
+            path: source.to_string(),
+            purpose: "make it non-blocking",
+            error: e.into(),
+        })
     }
+}
+
+/// An open file description of our own where that can be had: O_NONBLOCK belongs to the
+/// description, which others may share (a shell its terminal). Sockets, and a jail without
+/// /proc, have only the one that was handed over.
+fn nonblocking(file: File) -> rustix::io::Result<File> {
+    let stat = rustix::fs::fstat(&file)?;
+    let flags = rustix::fs::fcntl_getfl(&file)?;
+    if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
+        || flags.contains(OFlags::NONBLOCK)
+    {
+        return Ok(file);
+    }
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let mode = flags & OFlags::RWMODE;
+    let own = mode | OFlags::APPEND | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    if let Ok(reopened) = rustix::fs::open(path, own, Mode::empty()) {
+        return Ok(reopened.into());
+    }
+    rustix::fs::fcntl_setfl(&file, flags | OFlags::NONBLOCK)?;
+    Ok(file)
 }
 
 impl Expect {

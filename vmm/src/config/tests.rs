@@ -319,3 +319,26 @@ proptest! {
         prop_assert!(bad::<Metrics>(&field).contains(&name));
     }
 }
+
+#[test]
+fn outputs_handed_over_as_descriptors_never_block() {
+    use rustix::fs::{OFlags, fcntl_getfl};
+    let (_reader, pipe) = rustix::pipe::pipe().unwrap();
+    let (_peer, socket) = std::os::unix::net::UnixStream::pair().unwrap();
+    let mut fds = Descriptors::default();
+    fds.insert("pipe".into(), pipe.try_clone().unwrap());
+    fds.insert("socket".into(), socket.into());
+    for name in ["pipe", "socket"] {
+        let output = fds
+            .open("log_path", &Source::Fd(name.into()), Expect::Output)
+            .unwrap();
+        let written = std::iter::repeat_with(|| rustix::io::write(&output, &[0; 4096]))
+            .take(1024)
+            .find(Result::is_err);
+        assert_eq!(written, Some(Err(rustix::io::Errno::AGAIN)), "{name}");
+    }
+    assert!(
+        !fcntl_getfl(&pipe).unwrap().contains(OFlags::NONBLOCK),
+        "the others who have the pipe keep it as it was"
+    );
+}
