@@ -25,6 +25,9 @@ use crate::metrics::{Counter, Registry};
 const MAX_CONNECTIONS: usize = 16;
 /// A command that the machine has not answered within this gets a fault.
 const ANSWER_WITHIN: Duration = Duration::from_secs(20);
+/// How long the listener is left alone when the process has no descriptor for another client,
+/// and none of the present ones can go: it stays readable meanwhile.
+const LISTENER_REST: Duration = Duration::from_millis(200);
 /// Reads and calls of one client before the others have their turn.
 const TURNS: u32 = 16;
 /// The version of Firecracker's API that ours follows.
@@ -104,6 +107,7 @@ impl ApiServer {
             stopping: Arc::clone(&stopping),
             pending: Vec::new(),
             next_call: 0,
+            rest_until: None,
             last_answer: Instant::now(),
             counters: Counters::new(metrics),
         };
@@ -190,6 +194,8 @@ struct Server {
     stopping: Arc<AtomicBool>,
     pending: Vec<Pending>,
     next_call: CallId,
+    /// The listener is not polled until then.
+    rest_until: Option<Instant>,
     /// When the machine last answered anything.
     last_answer: Instant,
     counters: Counters,
@@ -205,6 +211,9 @@ impl Server {
                 self.take_answers(now);
             }
             self.give_up_on_commands(now);
+            if self.rest_until.is_some_and(|until| now >= until) {
+                self.rest_until = None;
+            }
             if ready.connecting {
                 self.accept(now);
             }
@@ -223,7 +232,11 @@ impl Server {
     fn wait(&self) -> Ready {
         let mut fds = Vec::with_capacity(self.clients.len().saturating_add(2));
         fds.push(PollFd::new(&self.answers.waker, PollFlags::IN));
-        fds.push(PollFd::new(&self.listener.fd, PollFlags::IN));
+        let accepting = match self.rest_until {
+            None => PollFlags::IN,
+            Some(_) => PollFlags::empty(),
+        };
+        fds.push(PollFd::new(&self.listener.fd, accepting));
         for client in &self.clients {
             let mut interest = PollFlags::empty();
             if client.connection.room() > 0 {
@@ -243,6 +256,7 @@ impl Server {
                     .iter()
                     .map(|p| p.since + self.options.answer_within),
             )
+            .chain(self.rest_until)
             .min();
         let timeout = deadline.map(|at| {
             let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
@@ -261,25 +275,38 @@ impl Server {
     }
 
     fn accept(&mut self, now: Instant) {
-        while let Ok(socket) = accept_with(
-            &self.listener.fd,
-            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-        ) {
-            if self.clients.len() >= MAX_CONNECTIONS && !self.make_room() {
-                self.counters.dropped_connections.inc();
-                let _ = send(
-                    &socket,
-                    b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n\
-                      Content-Length: 0\r\n\r\n",
-                    SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
-                );
-                continue;
+        loop {
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            match accept_with(&self.listener.fd, flags) {
+                Ok(socket) => self.take_in(socket, now),
+                Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => {}
+                Err(rustix::io::Errno::AGAIN) => return,
+                // Out of descriptors: a guest may hold a thousand through its vsock. An idle
+                // client's is worth less than the next caller.
+                Err(_) if self.make_room() => {}
+                Err(_) => {
+                    self.rest_until = Some(now + LISTENER_REST);
+                    return;
+                }
             }
-            self.clients.push(Client {
-                socket,
-                connection: Connection::new(now, self.options.max_body),
-            });
         }
+    }
+
+    fn take_in(&mut self, socket: OwnedFd, now: Instant) {
+        if self.clients.len() >= MAX_CONNECTIONS && !self.make_room() {
+            self.counters.dropped_connections.inc();
+            let _ = send(
+                &socket,
+                b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n\
+                  Content-Length: 0\r\n\r\n",
+                SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+            );
+            return;
+        }
+        self.clients.push(Client {
+            socket,
+            connection: Connection::new(now, self.options.max_body),
+        });
     }
 
     /// Drops the connection that was idle longest; false if every one waits for an answer.

@@ -482,3 +482,55 @@ fn a_listening_descriptor_can_be_handed_over() {
         200
     );
 }
+
+/// A guest can take all descriptors through its vsock.
+#[test]
+fn without_descriptors_the_api_rests_instead_of_spinning() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    use rustix::time::{ClockId, clock_gettime};
+    const CHILD: &str = "BELLJAR_TEST_FEW_DESCRIPTORS";
+    const NAME: &str = "api::tests::without_descriptors_the_api_rests_instead_of_spinning";
+    if std::env::var_os(CHILD).is_none() {
+        // The limit is the process's, and other tests must not meet it.
+        let status = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", NAME])
+            .env(CHILD, "1")
+            .status()
+            .unwrap();
+        assert!(status.success());
+        return;
+    }
+    let bench = bench();
+    // A client that waits for its answer cannot be dropped to make room.
+    let mut waiting = bench.connect();
+    let put = request("PUT", "/vsock", r#"{"guest_cid":3,"uds_path":"/v"}"#);
+    waiting.write_all(put.as_bytes()).unwrap();
+    let command = bench.command();
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = Some(64);
+    setrlimit(Resource::Nofile, limit).unwrap();
+    let mut hoard = Vec::new();
+    while let Ok(file) = std::fs::File::open("/dev/null") {
+        hoard.push(file);
+    }
+    hoard.pop();
+    let mut late = bench.connect();
+    late.write_all(request("GET", "/", "").as_bytes()).unwrap();
+
+    let spent = || {
+        let time = clock_gettime(ClockId::ProcessCPUTime);
+        Duration::new(
+            u64::try_from(time.tv_sec).unwrap(),
+            u32::try_from(time.tv_nsec).unwrap(),
+        )
+    };
+    let before = spent();
+    std::thread::sleep(Duration::from_millis(500));
+    let burnt = spent() - before;
+    assert!(burnt < Duration::from_millis(100), "{burnt:?}");
+
+    hoard.clear();
+    assert_eq!(read_answer(&mut late).0, 200);
+    command.reply.send(Ok(Body::Empty));
+    assert_eq!(read_answer(&mut waiting).0, 204);
+}
