@@ -167,7 +167,8 @@ impl Pump<'_> {
             {
                 return Ok(Outcome::Ended(v1::end::How::clone(how)));
             }
-            let deadline = self.deadline();
+            // After the end only the reader of the output is waited for, and no time bounds that.
+            let deadline = if end.is_none() { self.deadline() } else { None };
             let ready = self.wait(end.is_none(), deadline)?;
             if ready.signals
                 && let Some(outcome) = self.on_signal()?
