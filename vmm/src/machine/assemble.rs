@@ -116,6 +116,17 @@ pub(super) struct Parts<'a> {
 
 /// Builds the guest; its vCPUs are paused.
 pub(super) fn build(prepared: Prepared, parts: Parts<'_>) -> Result<Guest> {
+    let mib = u64::from(parts.config.machine_config.mem_size_mib);
+    let ram = Arc::new(memory::allocate(mib)?);
+    let built = put_together(prepared, parts, &ram);
+    if built.is_err() {
+        // Whoever tries again until a drive is there must not pay for every kernel loaded.
+        memory::give_back(&ram);
+    }
+    built
+}
+
+fn put_together(prepared: Prepared, parts: Parts<'_>, ram: &Arc<GuestRam>) -> Result<Guest> {
     let Prepared {
         mut vm,
         vcpus,
@@ -128,11 +139,9 @@ pub(super) fn build(prepared: Prepared, parts: Parts<'_>) -> Result<Guest> {
             started.elapsed().as_micros()
         );
     };
-    let machine = &parts.config.machine_config;
-    let ram = Arc::new(memory::allocate(u64::from(machine.mem_size_mib))?);
     let mut builder = Builder {
         vm: &mut vm,
-        ram: Arc::clone(&ram),
+        ram: Arc::clone(ram),
         bus: GuestBus::default(),
         devices: Vec::new(),
         windows: Vec::new(),
@@ -152,14 +161,14 @@ pub(super) fn build(prepared: Prepared, parts: Parts<'_>) -> Result<Guest> {
     let console = builder.add_console()?;
     builder.add_platform()?;
     stage("devices made");
-    builder.vm.map_ram(&ram)?;
+    builder.vm.map_ram(ram)?;
     builder.write_boot_data(&kernel, initrd)?;
     stage("boot data written");
     let config = builder.parts.config;
     let notifier = builder.parts.notifier.clone();
     let (bus, devices) = (Arc::new(builder.bus), builder.devices);
     let swallowed = builder.swallowed;
-    set_up_vcpus(&vcpus, &ram, &cpuid, &kernel, &config.machine_config)?;
+    set_up_vcpus(&vcpus, ram, &cpuid, &kernel, &config.machine_config)?;
     let vcpus = vcpus
         .into_iter()
         .map(|vcpu| {

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use event_manager::{EventManager, SubscriberId, SubscriberOps};
+use rustix::process::{Resource, getrlimit, setrlimit};
 
 use super::assemble::{self, Parts, Prepared};
 use super::ending::Ending;
@@ -115,6 +116,7 @@ impl Machine {
             id: Some(args.id.clone()),
             ..log::Changes::default()
         });
+        allow_descriptors();
         let inherited =
             inherited::adopt(&args.fds).map_err(|(name, error)| format!("--fd {name}: {error}"))?;
         let mut configurator = Configurator::default();
@@ -261,10 +263,11 @@ impl Machine {
             if self.woken.notices.take() {
                 self.take_notices();
             }
-            if self.woken.commands.take() {
-                while let Some(command) = self.commands.next_command() {
-                    self.take_command(command);
-                }
+            if self.woken.commands.take()
+                && let Some(command) = self.commands.next_command()
+            {
+                // One a turn: more keep the descriptor readable, and the guest has its turn.
+                self.take_command(command);
             }
             if self.woken.signals.take() {
                 self.ending.get_or_insert(Ending::Stopped);
@@ -476,6 +479,18 @@ impl Machine {
             let _ = self.write_metrics();
         }
         remove(&self.sockets);
+    }
+}
+
+/// Raises the limit of open descriptors, if it is allowed to: the guest's vsock may take a
+/// thousand, the usual limit, and drives, clients and the API need some too.
+fn allow_descriptors() {
+    const ENOUGH: u64 = 4096;
+    let mut limit = getrlimit(Resource::Nofile);
+    if limit.current.is_some_and(|now| now < ENOUGH) {
+        limit.current = Some(limit.maximum.map_or(ENOUGH, |most| most.min(ENOUGH)));
+        // A lower limit than wanted costs connections, not the guest.
+        let _ = setrlimit(Resource::Nofile, limit);
     }
 }
 

@@ -73,6 +73,22 @@ pub fn slots(ram: &GuestRam) -> Vec<Slot> {
         .collect()
 }
 
+/// Gives the contents of all of `ram` back to the host, where no guest will run in it. The
+/// mappings stay: whoever still holds `ram` reads zeros.
+pub fn give_back(ram: &GuestRam) {
+    for slot in slots(ram) {
+        // SAFETY: the region is mapped for the life of the process, and guest RAM is only ever
+        // accessed through volatile copies, so that it may become zero at any time.
+        unsafe {
+            libc::madvise(
+                slot.host_start as *mut _,
+                slot.len as usize,
+                libc::MADV_DONTNEED,
+            )
+        };
+    }
+}
+
 const MAP_FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 
 /// Maps `len` bytes whose start is aligned to a huge page, names them, and keeps them out of
@@ -143,6 +159,19 @@ mod tests {
         ram.write_obj(1u8, GuestAddress((4 << 30) + (512 << 20) - 1))
             .unwrap();
         assert!(ram.write_obj(1u8, GuestAddress(3 << 30)).is_err());
+    }
+
+    #[test]
+    fn ram_of_a_guest_that_never_was_costs_nothing() {
+        let ram = allocate(3 * 1024 + 64).unwrap();
+        let last = GuestAddress((4 << 30) + (64 << 20) - 1);
+        for addr in [GuestAddress(0), last] {
+            ram.write_obj(7u8, addr).unwrap();
+        }
+        give_back(&ram);
+        for addr in [GuestAddress(0), last] {
+            assert_eq!(ram.read_obj::<u8>(addr).unwrap(), 0);
+        }
     }
 
     #[test]
