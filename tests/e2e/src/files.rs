@@ -3,12 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// An x86-64 program that only waits: `pause()` for ever.
-fn waiting_program() -> Vec<u8> {
+/// An x86-64 ELF program of one segment with this code, which begins right behind the headers.
+#[must_use]
+pub fn program(code: &[u8]) -> Vec<u8> {
     const BASE: u64 = 0x40_0000;
     const HEADERS: u64 = 64 + 56;
-    // 1: mov eax, 34 (pause); syscall; jmp 1b
-    let code = [0xb8, 34, 0, 0, 0, 0x0f, 0x05, 0xeb, 0xf7];
     let size = HEADERS + code.len() as u64;
     let mut elf = Vec::new();
     // ELF-64, little endian, version 1; executable, x86-64.
@@ -31,6 +30,27 @@ fn waiting_program() -> Vec<u8> {
     }
     elf.extend(code);
     elf
+}
+
+/// An x86-64 Linux program that only waits: `pause()` for ever.
+fn waiting_program() -> Vec<u8> {
+    // 1: mov eax, 34 (pause); syscall; jmp 1b
+    program(&[0xb8, 34, 0, 0, 0, 0x0f, 0x05, 0xeb, 0xf7])
+}
+
+/// A kernel that faults at once, without a handler: a triple fault.
+#[must_use]
+pub fn faulting_kernel() -> Vec<u8> {
+    // lidt [rip + 2]; ud2; ten zeros: an empty table
+    let mut code = vec![0x0f, 0x01, 0x1d, 2, 0, 0, 0, 0x0f, 0x0b];
+    code.extend([0; 10]);
+    program(&code)
+}
+
+/// A kernel that only halts, for ever: `cli; 1: hlt; jmp 1b`.
+#[must_use]
+pub fn halting_kernel() -> Vec<u8> {
+    program(&[0xfa, 0xf4, 0xeb, 0xfd])
 }
 
 /// One file of a cpio archive in the "newc" format.

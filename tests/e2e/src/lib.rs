@@ -2,9 +2,16 @@
 //!
 //! The binaries are found in `BELLJAR_BIN_DIR` (default: where cargo puts the release build), the guest's
 //! parts in `BELLJAR_ASSETS` (default: the cache).
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
 
 pub mod files;
+pub mod guest;
+pub mod vmm;
 
 use std::ffi::OsStr;
 use std::fs;

@@ -1,0 +1,218 @@
+//! Drives: order, names, what is read-only, what is written where, and what becomes a hole.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use belljar_e2e::guest::{Guest, Spec};
+use belljar_e2e::vmm::Vmm;
+use belljar_e2e::{eventually, files};
+use serde_json::{Value, json};
+
+use crate::noise;
+
+const MIB: u64 = 1 << 20;
+
+fn add(vmm: &Vmm, id: &str, path: &Path, more: &Value) {
+    let mut drive = json!({"drive_id": id, "path_on_host": path, "is_root_device": false});
+    for (name, value) in more.as_object().unwrap() {
+        drive[name] = value.clone();
+    }
+    vmm.put(&format!("/drives/{id}"), &drive);
+}
+
+/// Bytes that the file has on the host's disk.
+fn allocated(path: &Path) -> u64 {
+    fs::metadata(path).unwrap().blocks() * 512
+}
+
+/// Discards (0x1277) or zeroes (0x127f) a part of a block device: `<linux/fs.h>`.
+fn erase(device: &str, call: u32, start: u64, length: u64) -> String {
+    format!(
+        "import fcntl, os, struct
+fd = os.open('{device}', os.O_RDWR)
+fcntl.ioctl(fd, {call}, struct.pack('QQ', {start}, {length}))
+os.fsync(fd)"
+    )
+}
+
+#[test]
+fn four_drives_of_four_kinds() {
+    let protected = noise(1, 1 << 20);
+    let guest = Guest::boot_with(&Spec::default(), |vmm| {
+        vmm.write("protected", &protected);
+        let small = vmm.path("protected");
+        add(
+            vmm,
+            "protected",
+            &small,
+            &json!({"is_read_only": true, "serial": "a-serial_of+20:chars"}),
+        );
+        let plain = vmm.file("plain", 64 * MIB);
+        add(vmm, "plain", &plain, &json!({"cache_type": "Writeback"}));
+        let ring = vmm.file("ring", 64 * MIB);
+        add(
+            vmm,
+            "ring",
+            &ring,
+            &json!({"cache_type": "Writeback", "io_engine": "Async"}),
+        );
+    });
+    let path = |name: &str| guest.vmm.path(name);
+
+    // In the order of their calls, under their names.
+    assert_eq!(
+        guest.sh(
+            "cd /sys/block; for d in vd*; do echo $d $(cat $d/serial) $(cat $d/size) $(cat $d/ro); done | tail -n +2"
+        ),
+        "vdb a-serial_of+20:chars 2048 1\nvdc plain 131072 0\nvdd ring 131072 0"
+    );
+
+    // Read-only is enforced by the device, whatever the guest thinks of it.
+    guest.python(
+        "import fcntl, os, struct
+fd = os.open('/dev/vdb', os.O_RDONLY)
+try: fcntl.ioctl(fd, 0x125d, struct.pack('i', 0))
+except OSError: pass
+try:
+    fd = os.open('/dev/vdb', os.O_RDWR | os.O_SYNC)
+    os.write(fd, b'x' * 4096)
+    os.fsync(fd)
+except OSError: pass
+else: raise SystemExit('the write went through')",
+    );
+    assert_eq!(fs::read(path("protected")).unwrap(), protected);
+    assert_eq!(
+        guest.sh("sha256sum </dev/vdb"),
+        belljar_sum(&path("protected"))
+    );
+
+    for (device, name) in [("/dev/vdc", "plain"), ("/dev/vdd", "ring")] {
+        let file = path(name);
+        // What is written and flushed is in the file; what is read is what the file has.
+        guest.sh(&format!(
+            "head -c 33554432 /dev/urandom >/tmp/data; dd if=/tmp/data of={device} bs=1M conv=fsync status=none"
+        ));
+        let sum = belljar_sum(&file);
+        assert_eq!(
+            guest.sh("(cat /tmp/data; head -c 33554432 /dev/zero) | sha256sum"),
+            sum
+        );
+        assert_eq!(
+            guest.sh(&format!(
+                "echo 3 >/proc/sys/vm/drop_caches; dd if={device} bs=1M iflag=direct status=none | sha256sum"
+            )),
+            sum
+        );
+        // Small pieces in any order, many at once.
+        guest.python(&format!(
+            "import os, random, threading, hashlib
+fd = os.open('{device}', os.O_RDWR)
+def work(n):
+    r = random.Random(n)
+    mine = list(range(n, 2048, 4)); r.shuffle(mine)
+    for k in mine:
+        os.pwrite(fd, hashlib.sha512(b'%d' % k).digest() * 64, (32 << 20) + k * 4096)
+    os.fsync(fd)
+threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+for t in threads: t.start()
+for t in threads: t.join()
+os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+for k in range(2048):
+    assert os.pread(fd, 4096, (32 << 20) + k * 4096) == hashlib.sha512(b'%d' % k).digest() * 64, k"
+        ));
+        assert_eq!(
+            guest.sh(&format!("sha256sum <{device}")),
+            belljar_sum(&file)
+        );
+
+        // Discards and zeroes become holes.
+        let before = allocated(&file);
+        assert!(before >= 40 * MIB, "{before}");
+        guest.python(&erase(device, 0x1277, 0, 16 * MIB));
+        assert!(allocated(&file) <= before - 16 * MIB, "discard: no hole");
+        guest.python(&erase(device, 0x127f, 16 * MIB, 8 * MIB));
+        assert!(allocated(&file) <= before - 24 * MIB, "zeroing: no hole");
+        guest.sh(&format!(
+            "test $(head -c 25165824 {device} | tr -d '\\0' | wc -c) = 0"
+        ));
+    }
+
+    // A drive grows; a file takes another's place.
+    fs::File::options()
+        .write(true)
+        .open(path("plain"))
+        .unwrap()
+        .set_len(96 * MIB)
+        .unwrap();
+    guest
+        .vmm
+        .patch("/drives/plain", &json!({"drive_id": "plain"}));
+    eventually("the new size", || {
+        guest.sh("cat /sys/block/vdc/size") == "196608"
+    });
+    let other = guest.vmm.file("other", 32 * MIB);
+    fs::write(&other, noise(2, 32 << 20)).unwrap();
+    guest.vmm.patch(
+        "/drives/plain",
+        &json!({"drive_id": "plain", "path_on_host": "other"}),
+    );
+    eventually("the other file's size", || {
+        guest.sh("cat /sys/block/vdc/size") == "65536"
+    });
+    assert_eq!(
+        guest.sh("echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/vdc bs=1M iflag=direct status=none | sha256sum"),
+        belljar_sum(&other)
+    );
+    guest
+        .vmm
+        .call(
+            "PATCH",
+            "/drives/plain",
+            &json!({"drive_id": "plain", "path_on_host": "missing"}),
+        )
+        .refuses(&["missing"]);
+    guest
+        .vmm
+        .call("PATCH", "/drives/none", &json!({"drive_id": "none"}))
+        .refuses(&["none"]);
+
+    // An entropy device is there, and gives something.
+    assert_eq!(
+        guest.sh("cat /sys/class/misc/hw_random/rng_current; head -c 65536 /dev/hwrng | wc -c"),
+        "virtio_rng.0\n65536"
+    );
+    // The refused write stands in the kernel's log as an I/O error; it was asked for.
+    guest.sh("dmesg -C || true");
+    guest.ends_well();
+}
+
+/// What `sha256sum <FILE` prints.
+fn belljar_sum(file: &Path) -> String {
+    let out = std::process::Command::new("sha256sum")
+        .stdin(fs::File::open(file).unwrap())
+        .output()
+        .unwrap();
+    String::from_utf8_lossy(&out.stdout).trim_end().to_owned()
+}
+
+#[test]
+fn a_drive_has_one_user() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk");
+    fs::File::create(&disk).unwrap().set_len(MIB).unwrap();
+    let first = crate::halting();
+    add(&first, "disk", &disk, &json!({}));
+    first.action("InstanceStart").is_done();
+    let second = Vmm::new();
+    let kernel = second.write("kernel", &files::halting_kernel());
+    second.put("/boot-source", &json!({"kernel_image_path": kernel}));
+    add(&second, "disk", &disk, &json!({}));
+    second.action("InstanceStart").refuses(&["disk", "use"]);
+    // The first lets it go; the same start works then.
+    first.action("Stop").is_done();
+    first.ends_with(20);
+    second.action("InstanceStart").is_done();
+    second.action("Stop").is_done();
+    second.ends_with(20);
+}
