@@ -38,7 +38,7 @@ use crate::virtio::console::{Console, ConsoleConfig, ConsoleHandle};
 use crate::virtio::device::{Interrupt, VirtioDevice};
 use crate::virtio::mmio::{Transport, register};
 use crate::virtio::rng::Rng;
-use crate::virtio::vsock::{Counters, Dial, Vsock};
+use crate::virtio::vsock::{self, Counters, Dial, Vsock};
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum AssembleError {
@@ -304,24 +304,34 @@ impl Builder<'_> {
     }
 
     fn add_vsock(&mut self) -> Result<()> {
-        let Some(vsock) = &self.parts.config.vsock else {
+        let Some(config) = &self.parts.config.vsock else {
             return Ok(());
         };
-        let listener = self.listen("vsock uds_path", &vsock.uds_path)?;
-        let dial = match &vsock.uds_path {
-            Source::Path(path) => Dial::Beside(path.clone()),
+        let failed = |source| AssembleError::Socket {
+            field: "vsock uds_path",
+            source,
+        };
+        let descriptors = self.parts.descriptors;
+        let (listener, dial) = match &config.uds_path {
+            Source::Path(path) => {
+                let listening = vsock::listen(path).map_err(failed)?;
+                self.parts.sockets.push(path.clone());
+                listening
+            }
             Source::Fd(name) => {
+                let fd = descriptors.duplicate("uds_path", name)?;
                 let directory = format!("{name}.dir");
-                if self.parts.descriptors.contains(&directory) {
-                    Dial::Under(self.parts.descriptors.duplicate("uds_path", &directory)?)
+                let dial = if descriptors.contains(&directory) {
+                    Dial::Under(descriptors.duplicate("uds_path", &directory)?)
                 } else {
                     Dial::Nowhere
-                }
+                };
+                (Listener::from_fd(fd).map_err(failed)?, dial)
             }
         };
         let counters = Counters::new(self.parts.metrics);
         let device =
-            Vsock::new(vsock.guest_cid, listener, dial, counters).map_err(device("vsock"))?;
+            Vsock::new(config.guest_cid, listener, dial, counters).map_err(device("vsock"))?;
         self.add_virtio(Box::new(device))
     }
 

@@ -58,7 +58,7 @@ impl fmt::Display for Ending {
             Self::Panicked => write!(f, "the guest kernel panicked"),
             Self::TripleFault => write!(f, "triple fault: the guest reset its processor"),
             Self::Internal(what) => write!(f, "KVM could not go on: {what}"),
-            Self::Stopped => write!(f, "stopped through the API"),
+            Self::Stopped => write!(f, "stopped on request"),
             Self::Failed(what) => write!(f, "{what}"),
         }
     }

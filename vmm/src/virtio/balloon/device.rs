@@ -296,7 +296,9 @@ impl VirtioDevice for Balloon {
     /// pressure only *after* its kick. So a block given back to the host within the kick is
     /// free for certain; through an ioeventfd it might be in use again.
     fn kicked_synchronously(&self, queue: usize) -> bool {
-        Role::at(self.offered, queue) == Some(Role::Hinting)
+        // Which number the hinting queue has depends on what the driver will agree to.
+        let first = Role::Deflate as usize + 1;
+        self.offered & F_HINTING != 0 && queue >= first
     }
 
     fn activate(&mut self, io: &mut DeviceIo<'_>, features: u64) -> Result<(), DeviceError> {
