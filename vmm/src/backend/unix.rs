@@ -40,15 +40,36 @@ pub enum ListenError {
 #[derive(Debug)]
 pub struct Listener {
     fd: OwnedFd,
-    bound: Option<Bound>,
+    bound: Option<SocketFile>,
 }
 
 /// A socket file, known by more than its name so that nobody else's is removed.
-#[derive(Debug)]
-struct Bound {
+#[derive(Clone, Debug)]
+pub struct SocketFile {
     path: PathBuf,
     device: u64,
     inode: u64,
+}
+
+impl SocketFile {
+    fn of(path: &Path) -> io::Result<Self> {
+        let file = std::fs::symlink_metadata(path)?;
+        Ok(Self {
+            path: path.to_owned(),
+            device: file.dev(),
+            inode: file.ino(),
+        })
+    }
+
+    /// Removes the file, unless another has taken its place.
+    pub fn remove(&self) {
+        let ours = std::fs::symlink_metadata(&self.path)
+            .is_ok_and(|file| (file.dev(), file.ino()) == (self.device, self.inode));
+        if ours {
+            // Gone already is as good.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
 }
 
 impl Listener {
@@ -77,12 +98,7 @@ impl Listener {
             }
             Err(e) => return Err(failed(e.into())),
         }
-        let file = std::fs::symlink_metadata(path).map_err(failed)?;
-        let bound = Some(Bound {
-            path: path.to_owned(),
-            device: file.dev(),
-            inode: file.ino(),
-        });
+        let bound = Some(SocketFile::of(path).map_err(failed)?);
         let listener = Self { fd, bound };
         rustix::net::listen(&listener.fd, BACKLOG).map_err(|e| failed(e.into()))?;
         Ok(listener)
@@ -103,6 +119,11 @@ impl Listener {
             .and_then(|flags| rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK))
             .map_err(|e| ListenError::Descriptor(e.into()))?;
         Ok(Self { fd, bound: None })
+    }
+
+    /// The file that was made here, to be removed by whoever ends the process without drops.
+    pub fn socket_file(&self) -> Option<SocketFile> {
+        self.bound.clone()
     }
 
     /// The listening descriptor alone: the socket file stays, for its owner to remove.
@@ -130,12 +151,8 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        let Some(bound) = &self.bound else { return };
-        let ours = std::fs::symlink_metadata(&bound.path)
-            .is_ok_and(|file| (file.dev(), file.ino()) == (bound.device, bound.inode));
-        if ours {
-            // Gone already is as good.
-            let _ = std::fs::remove_file(&bound.path);
+        if let Some(file) = &self.bound {
+            file.remove();
         }
     }
 }

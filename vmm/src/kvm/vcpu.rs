@@ -25,8 +25,8 @@ pub enum VcpuError {
     },
     #[error("vCPU {index} cannot have a thread: {source}")]
     Thread { index: u8, source: io::Error },
-    #[error("vCPU {index} did not stop within {within:?}")]
-    Stuck { index: u8, within: Duration },
+    #[error("vCPU {index} did not stop in time")]
+    Stuck { index: u8 },
 }
 
 /// Why a vCPU can run no further.
@@ -245,13 +245,12 @@ impl VcpuThread {
         self.kick();
     }
 
-    pub fn wait_paused(&self, within: Duration) -> Result<(), VcpuError> {
-        let deadline = Instant::now() + within;
+    pub fn wait_paused(&self, deadline: Instant) -> Result<(), VcpuError> {
         let mut state = self.control.lock();
         while !state.paused {
             if Instant::now() >= deadline {
                 let index = self.index;
-                return Err(VcpuError::Stuck { index, within });
+                return Err(VcpuError::Stuck { index });
             }
             let waited = self
                 .control

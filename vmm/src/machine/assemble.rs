@@ -3,7 +3,6 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -20,7 +19,7 @@ use crate::arch::x86_64::kernel::{self, KernelError, LoadedKernel};
 use crate::arch::x86_64::mptable::{self, MpTableError};
 use crate::arch::x86_64::{layout, registers};
 use crate::backend::disk::FileId;
-use crate::backend::unix::{ListenError, Listener};
+use crate::backend::unix::{ListenError, Listener, SocketFile};
 use crate::bus::{BusDevice, BusError};
 use crate::config::{
     Descriptors, Discovery, Drive, Expect, MachineConfig, OpenError, Source, VmConfig,
@@ -111,7 +110,7 @@ pub(super) struct Parts<'a> {
     pub(super) notifier: &'a Notifier,
     pub(super) metrics: &'a Registry,
     /// Socket files that the guest's devices made, to be removed at the end.
-    pub(super) sockets: &'a mut Vec<PathBuf>,
+    pub(super) sockets: &'a mut Vec<SocketFile>,
 }
 
 /// Builds the guest; its vCPUs are paused.
@@ -223,7 +222,7 @@ impl Builder<'_> {
             return Ok((kernel, None));
         };
         let mut file = open("initrd_path", path)?;
-        let initrd = kernel::load_initrd(&self.ram, &mut file, kernel.end).map_err(|source| {
+        let initrd = kernel::load_initrd(&self.ram, &mut file, &kernel).map_err(|source| {
             AssembleError::Initrd {
                 path: path.to_string(),
                 source,
@@ -314,9 +313,9 @@ impl Builder<'_> {
         let descriptors = self.parts.descriptors;
         let (listener, dial) = match &config.uds_path {
             Source::Path(path) => {
-                let listening = vsock::listen(path).map_err(failed)?;
-                self.parts.sockets.push(path.clone());
-                listening
+                let (listener, dial) = vsock::listen(path).map_err(failed)?;
+                self.parts.sockets.extend(listener.socket_file());
+                (listener, dial)
             }
             Source::Fd(name) => {
                 let fd = descriptors.duplicate("uds_path", name)?;
@@ -340,7 +339,7 @@ impl Builder<'_> {
         match source {
             Source::Path(path) => {
                 let listener = Listener::bind(path).map_err(failed)?;
-                self.parts.sockets.push(path.clone());
+                self.parts.sockets.extend(listener.socket_file());
                 Ok(listener)
             }
             Source::Fd(name) => {

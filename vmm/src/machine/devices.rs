@@ -1,6 +1,7 @@
 //! Calls of the API that a device carries out, and the counters of devices.
 use super::guest::Guest;
 use crate::api::{Body, Effect, Fault};
+use crate::backend::disk::FileId;
 use crate::config::{Descriptors, DrivePatch, Expect};
 use crate::metrics::Registry;
 use crate::virtio::balloon::BalloonHandle;
@@ -51,6 +52,16 @@ fn update_drive(guest: &Guest, descriptors: &Descriptors, patch: &DrivePatch) ->
     let file = descriptors
         .open(&field, path, expect)
         .map_err(Fault::from_error)?;
+    // Two drives on one open file share its lock, so the lock cannot tell.
+    let wanted = FileId::of(&file).map_err(Fault::from_error)?;
+    let other = guest.drives.iter().find(|(name, known)| {
+        *name != id && known.control.file() == Some(wanted) && !(known.read_only && drive.read_only)
+    });
+    if let Some((other, _)) = other {
+        return Err(Fault::new(format!(
+            "drive {id:?}: {path} is drive {other:?} already; only read-only drives can share a file"
+        )));
+    }
     drive
         .control
         .replace(file, &path.to_string())

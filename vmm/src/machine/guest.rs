@@ -1,7 +1,7 @@
 //! A built guest: its vCPUs, devices and the handles the API reaches them by.
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -13,7 +13,7 @@ use crate::virtio::mmio::lock;
 
 use super::events::DeviceEvents;
 
-/// How long a vCPU may take to leave guest mode. It does so at once, unless the host is
+/// How long the vCPUs may take to leave guest mode. It does so at once, unless the host is
 /// in deep trouble.
 const PAUSE_WITHIN: Duration = Duration::from_secs(5);
 
@@ -45,10 +45,11 @@ impl Guest {
     /// Stops all vCPUs; on failure those that stopped run again.
     pub(super) fn pause_vcpus(&self) -> Result<(), VcpuError> {
         self.vcpus.iter().for_each(VcpuThread::request_pause);
+        let deadline = Instant::now() + PAUSE_WITHIN;
         let stopped = self
             .vcpus
             .iter()
-            .try_for_each(|vcpu| vcpu.wait_paused(PAUSE_WITHIN));
+            .try_for_each(|vcpu| vcpu.wait_paused(deadline));
         if stopped.is_err() {
             self.resume_vcpus();
         }

@@ -1,7 +1,6 @@
 //! The life of the process: command line, API thread, event loop, end.
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -19,6 +18,7 @@ use crate::api::{
     InstanceState, Published, Request, ServerOptions, channel,
 };
 use crate::backend::inherited;
+use crate::backend::unix::SocketFile;
 use crate::config::{Expect, Logger, Source, VmConfig};
 use crate::legacy::MachineEvent;
 use crate::metrics::{FLUSH_PERIOD, Metrics, Registry};
@@ -80,12 +80,12 @@ fn run(args: Args, started: Instant) -> i32 {
 
 /// Socket files that devices made. Shared with the API's `Stop`, which works while the
 /// machine is stuck.
-type SocketFiles = Arc<Mutex<Vec<PathBuf>>>;
+type SocketFiles = Arc<Mutex<Vec<SocketFile>>>;
 
 fn remove(sockets: &SocketFiles) {
     let mut files = sockets.lock().unwrap_or_else(PoisonError::into_inner);
-    for path in files.drain(..) {
-        let _ = std::fs::remove_file(path);
+    for file in files.drain(..) {
+        file.remove();
     }
 }
 

@@ -57,6 +57,9 @@ pub struct LoadedKernel {
     pub setup: Option<setup_header>,
 }
 
+/// What `registers` maps for the 64-bit entry.
+const MAPPED_AT_ENTRY: u64 = 1 << 30;
+
 const ELF_MAGIC: &[u8] = b"\x7fELF";
 const BZIMAGE_MAGIC: &[u8] = b"HdrS";
 const BZIMAGE_MAGIC_AT: u64 = 0x202;
@@ -128,7 +131,7 @@ fn load_elf(
     let end = check_elf(file, head, size)?;
     fits(ram, end)?;
     let loaded = load_with::<Elf>(ram, file)?;
-    let entry = match (protocol, loaded.pvh_boot_cap) {
+    let entry: Entry = match (protocol, loaded.pvh_boot_cap) {
         (Protocol::Linux, _) => Entry::Long {
             address: loaded.kernel_load.0,
         },
@@ -137,11 +140,27 @@ fn load_elf(
         }
         (Protocol::Pvh, _) => return Err(KernelError::NoPvh),
     };
+    check_entry(entry, end)?;
     Ok(LoadedKernel {
         entry,
         end,
         setup: None,
     })
+}
+
+/// An entry point outside the kernel, or where its first page tables do not reach, would be a
+/// triple fault without a word.
+fn check_entry(entry: Entry, end: u64) -> Result<(), KernelError> {
+    let (address, limit) = match entry {
+        Entry::Long { address } => (address, MAPPED_AT_ENTRY.min(end)),
+        Entry::Pvh { address } => (address, end),
+    };
+    if (layout::HIGH_RAM_START..limit).contains(&address) {
+        return Ok(());
+    }
+    Err(KernelError::Elf(
+        "its entry point lies outside of it, or above 1 GiB",
+    ))
 }
 
 fn load_with<L: KernelLoader>(
@@ -278,7 +297,7 @@ fn field(bytes: &[u8], at: usize, len: usize) -> u64 {
 pub fn load_initrd(
     ram: &GuestRam,
     file: &mut File,
-    kernel_end: u64,
+    kernel: &LoadedKernel,
 ) -> Result<(u64, u64), KernelError> {
     const PAGE: u64 = 4096;
     let meta = file.metadata().map_err(KernelError::Read)?;
@@ -289,9 +308,16 @@ pub fn load_initrd(
     if size == 0 {
         return Err(KernelError::Empty);
     }
-    let free = low_ram_end(ram).saturating_sub(kernel_end.next_multiple_of(PAGE));
+    let kernel_end = kernel.end;
+    // boot.rst: the highest address a byte of the initrd may have.
+    let highest = kernel.setup.map(|header| u64::from(header.initrd_addr_max));
+    let limit = match highest {
+        Some(address) if address > 0 => low_ram_end(ram).min(address + 1),
+        _ => low_ram_end(ram),
+    };
+    let free = limit.saturating_sub(kernel_end.next_multiple_of(PAGE));
     let too_large = KernelError::InitrdTooLarge { size, free };
-    let Some(address) = low_ram_end(ram).checked_sub(size).map(|a| a & !(PAGE - 1)) else {
+    let Some(address) = limit.checked_sub(size).map(|a| a & !(PAGE - 1)) else {
         return Err(too_large);
     };
     if address < kernel_end {

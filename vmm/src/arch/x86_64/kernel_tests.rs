@@ -136,19 +136,51 @@ fn a_kernel_larger_than_ram_names_the_size_it_needs() {
 #[test]
 fn an_initrd_must_fit_behind_the_kernel() {
     let ram = allocate(32).unwrap();
-    let (address, size) = load_initrd(&ram, &mut file(&[7; 5000]), 1 << 20).unwrap();
+    let (address, size) = load_initrd(&ram, &mut file(&[7; 5000]), &kernel_until(1 << 20)).unwrap();
     assert_eq!((address % 4096, size), (0, 5000));
     assert!(address + size <= 32 << 20);
     let big = tempfile::tempfile().unwrap();
     for len in [31 << 20, 32 << 20, 33 << 20, 1 << 40] {
         big.set_len(len).unwrap();
-        let error = load_initrd(&ram, &mut big.try_clone().unwrap(), 2 << 20)
+        let error = load_initrd(&ram, &mut big.try_clone().unwrap(), &kernel_until(2 << 20))
             .err()
             .unwrap();
         assert!(
             matches!(error, KernelError::InitrdTooLarge { .. }),
             "{error}"
         );
+    }
+}
+
+fn kernel_until(end: u64) -> LoadedKernel {
+    LoadedKernel {
+        entry: Entry::Long { address: LOAD_AT },
+        end,
+        setup: None,
+    }
+}
+
+#[test]
+fn an_initrd_stays_below_what_a_bzimage_allows() {
+    let ram = allocate(64).unwrap();
+    let header = setup_header {
+        initrd_addr_max: (48 << 20) - 1,
+        ..Default::default()
+    };
+    let kernel = LoadedKernel {
+        setup: Some(header),
+        ..kernel_until(4 << 20)
+    };
+    let (address, size) = load_initrd(&ram, &mut file(&[7; 5000]), &kernel).unwrap();
+    assert!(address + size <= 48 << 20, "{address:#x}");
+}
+
+#[test]
+fn an_entry_point_outside_the_kernel_is_an_error() {
+    for entry in [0, 0xf_ffff, LOAD_AT + 64, 1 << 30, u64::MAX] {
+        let mut bytes = elf(&[1; 64]);
+        put(&mut bytes, 24, entry, 8);
+        assert!(load_bytes(&bytes, Protocol::Linux).is_err(), "{entry:#x}");
     }
 }
 

@@ -86,6 +86,14 @@ impl Control {
         Ok(())
     }
 
+    /// The present or ordered medium, if it is a file.
+    pub fn file(&self) -> Option<FileId> {
+        self.shared
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .file
+    }
+
     /// The file behind the drive was resized: the guest is told, if the new size is usable.
     pub fn rescan(&self) {
         self.shared
