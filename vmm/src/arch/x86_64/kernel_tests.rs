@@ -24,7 +24,7 @@ fn elf(segment: &[u8]) -> Vec<u8> {
         note.extend_from_slice(&word.to_le_bytes());
     }
     note.extend_from_slice(b"Xen\0");
-    note.extend_from_slice(&(LOAD_AT + 0x40).to_le_bytes());
+    note.extend_from_slice(&(LOAD_AT + 4).to_le_bytes());
     let (note_at, data_at) = (file.len(), file.len() + note.len());
     for (index, kind, at, len) in [(0, 4, note_at, note.len()), (1, 1, data_at, segment.len())] {
         let header = 64 + index * 56;
@@ -66,7 +66,7 @@ fn a_good_elf_kernel_loads_by_both_entries() {
     assert_eq!(
         loaded.entry,
         Entry::Pvh {
-            address: LOAD_AT + 0x40
+            address: LOAD_AT + 4
         }
     );
 }
