@@ -134,7 +134,7 @@ impl Report {
         let mut table = String::new();
         let _ = writeln!(
             table,
-            "{:<24} {:<12} {:>10} {:>10} {:>10} {:>10} {:>5} {:>6}  per operation: {}",
+            "{:<30} {:<12} {:>10} {:>10} {:>10} {:>10} {:>5} {:>6}  per operation: {}",
             "measure",
             "vmm",
             "p50",
@@ -223,7 +223,7 @@ fn text_row(
         max,
     } = summary;
     format!(
-        "{name:<24} {vmm:<12} {p50:>10.2} {p90:>10.2} {min:>10.2} {max:>10.2} {n:>5} {ratio:>6}  {}",
+        "{name:<30} {vmm:<12} {p50:>10.2} {p90:>10.2} {min:>10.2} {max:>10.2} {n:>5} {ratio:>6}  {}",
         counts.join(" ")
     )
 }

@@ -25,6 +25,9 @@ pub(crate) struct Binary {
     pub(crate) path: PathBuf,
 }
 
+/// What the last VMM's end left to the host's kernel is done by then.
+const SETTLING: Duration = Duration::from_millis(100);
+
 /// What every guest gets, whichever VMM runs it.
 #[derive(Clone, Debug)]
 pub(crate) struct Machine {
@@ -66,6 +69,7 @@ impl Vmm {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log);
+        std::thread::sleep(SETTLING);
         let start = Instant::now();
         let child = command
             .spawn()
@@ -129,10 +133,10 @@ impl Vmm {
         let action: Value = json!({"action_type": "InstanceStart"});
         let start = Instant::now();
         self.api.begin_put("/actions", &action)?;
-        wait(&self.api).map_err(|failure| self.explain(failure))?;
+        wait(&self.api).map_err(|failure| self.explain(&failure))?;
         self.api.answer("/actions")?;
         let returned = start.elapsed();
-        wait(&listener).map_err(|failure| self.explain(failure))?;
+        wait(&listener).map_err(|failure| self.explain(&failure))?;
         let (mut stream, _) = listener.accept().attempt("the guest's connection")?;
         stream
             .set_read_timeout(Some(PATIENCE))
@@ -155,7 +159,7 @@ impl Vmm {
         connect(&self.vsock(), port)
     }
 
-    fn explain(&self, failure: Failure) -> Failure {
+    fn explain(&self, failure: &Failure) -> Failure {
         let said = fs::read_to_string(self.directory.join("log")).unwrap_or_default();
         Failure(format!("{failure}; the VMM said: {said}"))
     }
