@@ -12,10 +12,11 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::events::{DeviceEvents, Notice, Notifier};
 use super::guest::{DriveHandle, Guest};
+use super::image::Image;
 use crate::arch::x86_64::acpi::{self, AcpiError, MmioDevice};
 use crate::arch::x86_64::boot::{self, BootError, BootInfo};
 use crate::arch::x86_64::cpuid::{self, CpuidError};
-use crate::arch::x86_64::kernel::{self, KernelError, LoadedKernel};
+use crate::arch::x86_64::kernel::{KernelError, LoadedKernel};
 use crate::arch::x86_64::mptable::{self, MpTableError};
 use crate::arch::x86_64::{layout, registers};
 use crate::backend::disk::FileId;
@@ -29,7 +30,7 @@ use crate::legacy::{self, MachineEvents};
 use crate::log_debug;
 use crate::memory::discard::AnonymousPages;
 use crate::memory::registers::{RegisterPage, register_pages};
-use crate::memory::{self, GuestRam, MemoryError};
+use crate::memory::{GuestRam, MemoryError};
 use crate::metrics::Registry;
 use crate::virtio::balloon::{Balloon, BalloonHandle};
 use crate::virtio::blk;
@@ -75,6 +76,8 @@ pub(super) enum AssembleError {
         what: &'static str,
         source: io::Error,
     },
+    #[error("no kernel is configured")]
+    NoKernel,
     #[error(
         "the guest has more devices than the {} interrupt lines allow",
         layout::VIRTIO_MAX_DEVICES
@@ -114,18 +117,22 @@ pub(super) struct Parts<'a> {
 }
 
 /// Builds the guest; its vCPUs are paused.
-pub(super) fn build(prepared: Prepared, parts: Parts<'_>) -> Result<Guest> {
-    let mib = u64::from(parts.config.machine_config.mem_size_mib);
-    let ram = Arc::new(memory::allocate(mib)?);
-    let built = put_together(prepared, parts, &ram);
+pub(super) fn build(prepared: Prepared, image: &Image, parts: Parts<'_>) -> Result<Guest> {
+    let built = put_together(prepared, image, parts);
     if built.is_err() {
         // Whoever tries again until a drive is there must not pay for every kernel loaded.
-        memory::give_back(&ram);
+        image.discard();
     }
     built
 }
 
-fn put_together(prepared: Prepared, parts: Parts<'_>, ram: &Arc<GuestRam>) -> Result<Guest> {
+fn put_together(prepared: Prepared, image: &Image, parts: Parts<'_>) -> Result<Guest> {
+    let Image {
+        ram,
+        kernel,
+        initrd,
+        ..
+    } = image;
     let Prepared {
         mut vm,
         vcpus,
@@ -150,9 +157,6 @@ fn put_together(prepared: Prepared, parts: Parts<'_>, ram: &Arc<GuestRam>) -> Re
         parts,
     };
     builder.share_registers()?;
-    // Kernel and drives before memory is given to KVM: their errors are the likeliest.
-    let (kernel, initrd) = builder.load_kernel()?;
-    stage("kernel loaded");
     let drives = builder.add_drives()?;
     builder.add_vsock()?;
     builder.add_rng()?;
@@ -161,13 +165,13 @@ fn put_together(prepared: Prepared, parts: Parts<'_>, ram: &Arc<GuestRam>) -> Re
     builder.add_platform()?;
     stage("devices made");
     builder.vm.map_ram(ram)?;
-    builder.write_boot_data(&kernel, initrd)?;
+    builder.write_boot_data(kernel, *initrd)?;
     stage("boot data written");
     let config = builder.parts.config;
     let notifier = builder.parts.notifier.clone();
     let (bus, devices) = (Arc::new(builder.bus), builder.devices);
     let swallowed = builder.swallowed;
-    set_up_vcpus(&vcpus, ram, &cpuid, &kernel, &config.machine_config)?;
+    set_up_vcpus(&vcpus, ram, &cpuid, kernel, &config.machine_config)?;
     let vcpus = vcpus
         .into_iter()
         .map(|vcpu| {
@@ -205,32 +209,6 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    fn load_kernel(&self) -> Result<(LoadedKernel, Option<(u64, u64)>)> {
-        let Some(boot) = &self.parts.config.boot_source else {
-            // The configurator starts no guest without one.
-            return Err(AssembleError::TooManyDevices);
-        };
-        let open = |field, source| self.parts.descriptors.open(field, source, Expect::ReadFile);
-        let mut file = open("kernel_image_path", &boot.kernel_image_path)?;
-        let kernel = kernel::load(&self.ram, &mut file, boot.entry).map_err(|source| {
-            AssembleError::Kernel {
-                path: boot.kernel_image_path.to_string(),
-                source,
-            }
-        })?;
-        let Some(path) = &boot.initrd_path else {
-            return Ok((kernel, None));
-        };
-        let mut file = open("initrd_path", path)?;
-        let initrd = kernel::load_initrd(&self.ram, &mut file, &kernel).map_err(|source| {
-            AssembleError::Initrd {
-                path: path.to_string(),
-                source,
-            }
-        })?;
-        Ok((kernel, Some(initrd)))
-    }
-
     fn share_registers(&mut self) -> Result<()> {
         let pages = register_pages(layout::VIRTIO_MAX_DEVICES).map_err(device("registers"))?;
         if self.vm.map_registers(layout::VIRTIO_MMIO_START, &pages)? {

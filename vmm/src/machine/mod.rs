@@ -1,10 +1,12 @@
 //! The only module that sees all the others: builds the guest, runs the event loop, carries
 //! out what the API asks for, and decides how the process ends.
+mod ahead;
 mod assemble;
 mod devices;
 mod ending;
 mod events;
 mod guest;
+mod image;
 mod run;
 mod signals;
 

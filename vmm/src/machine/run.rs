@@ -7,6 +7,7 @@ use std::time::Instant;
 use event_manager::{EventManager, SubscriberId, SubscriberOps};
 use rustix::process::{Resource, getrlimit, setrlimit};
 
+use super::ahead::{Ahead, StartPart};
 use super::assemble::{self, Parts, Prepared};
 use super::ending::Ending;
 use super::events::{Notice, Notices, Notifier, Subscriber, Woken};
@@ -100,6 +101,7 @@ struct Machine {
     metrics: Metrics,
     next_flush: Option<Instant>,
     prepared: Option<Prepared>,
+    ahead: Ahead,
     guest: Option<Guest>,
     /// Of the guest's devices while they are polled.
     polled: Vec<SubscriberId>,
@@ -173,6 +175,7 @@ impl Machine {
             metrics: Metrics::new(registry),
             next_flush: None,
             prepared: None,
+            ahead: Ahead::default(),
             guest: None,
             polled: Vec::new(),
             sockets,
@@ -315,11 +318,29 @@ impl Machine {
             fds,
             reply,
         } = command;
+        let part = StartPart::of(&request);
         let outcome = self
             .configurator
             .add_descriptors(fds)
             .and_then(|()| self.apply(request));
+        let worked = outcome.is_ok();
         reply.send(outcome);
+        if let (Some(part), true) = (part, worked) {
+            self.get_ahead(part);
+        }
+    }
+
+    /// What fails here fails again at the start, where somebody waits for the answer.
+    fn get_ahead(&mut self, part: StartPart) {
+        let (config, descriptors) = (self.configurator.config(), self.configurator.descriptors());
+        self.ahead.set(part);
+        self.ahead.load(config, descriptors);
+        if self.prepared.is_none()
+            && let Some(vcpu_count) = self.ahead.wants_vm(config)
+        {
+            let vm = self.prepare(vcpu_count).ok();
+            self.ahead.keep_vm(vcpu_count, vm);
+        }
     }
 
     /// Does what a call means; nothing has changed if it fails.
@@ -327,7 +348,10 @@ impl Machine {
         match effect {
             Effect::Done => {}
             Effect::Answer(body) => return Ok(body.clone()),
-            Effect::Prepare { vcpu_count } => self.prepared = Some(self.prepare(*vcpu_count)?),
+            Effect::Prepare { vcpu_count } => {
+                let early = self.ahead.take_vm(*vcpu_count);
+                self.prepared = Some(early.map_or_else(|| self.prepare(*vcpu_count), Ok)?);
+            }
             Effect::Start => self.start()?,
             Effect::Pause => self.pause()?,
             Effect::Resume => self.resume(),
@@ -360,17 +384,27 @@ impl Machine {
 
     fn start(&mut self) -> Result<(), Fault> {
         self.guest_started = Some(Instant::now());
-        let prepared = match self.prepared.take() {
+        let vcpu_count = self.configurator.config().machine_config.vcpu_count;
+        let prepared = match self
+            .prepared
+            .take()
+            .or_else(|| self.ahead.take_vm(vcpu_count))
+        {
             Some(prepared) => prepared,
-            None => self.prepare(self.configurator.config().machine_config.vcpu_count)?,
+            None => self.prepare(vcpu_count)?,
         };
+        let image = self
+            .ahead
+            .take_image(self.configurator.config(), self.configurator.descriptors())
+            .map_err(Fault::from_error)?;
         log_debug!(
-            "VM made: {} us after the call",
+            "VM made and kernel loaded: {} us after the call",
             self.guest_started.map_or(0, |at| at.elapsed().as_micros())
         );
         let mut made = Vec::new();
         let built = assemble::build(
             prepared,
+            &image,
             Parts {
                 config: self.configurator.config(),
                 descriptors: self.configurator.descriptors(),
