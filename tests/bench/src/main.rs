@@ -237,6 +237,13 @@ impl Bench {
                 fs::write(self.work.join(name), filling()).attempt("cannot fill a drive")?;
             }
         }
+        // The first start of each binary pays for the host's own first times: it is not measured.
+        let mut server = Command::new(self.work.join("empty-server"));
+        server.arg(EMPTY_SERVER);
+        self.start(server)?;
+        for binary in self.vmms.clone() {
+            self.start(Command::new(binary.path))?;
+        }
         for run in 0..self.arguments.runs {
             eprintln!("run {} of {}", run.saturating_add(1), self.arguments.runs);
             self.round(run, false)?;
