@@ -241,8 +241,11 @@ impl Bench {
         let mut server = Command::new(self.work.join("empty-server"));
         server.arg(EMPTY_SERVER);
         self.start(server)?;
+        // They stay, idle: what VMMs share, their program's text above all, is not private to the
+        // one that is measured, as it is not on a machine with more than one guest.
+        let mut companions = Vec::new();
         for binary in self.vmms.clone() {
-            self.start(Command::new(binary.path))?;
+            companions.push(self.start(Command::new(binary.path))?);
         }
         for run in 0..self.arguments.runs {
             eprintln!("run {} of {}", run.saturating_add(1), self.arguments.runs);
@@ -253,6 +256,7 @@ impl Bench {
             let _tracing = Tracing::start()?;
             self.round(self.arguments.runs, true)?;
         }
+        drop(companions);
         print!("{}", self.report.finish()?);
         Ok(())
     }
