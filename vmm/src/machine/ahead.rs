@@ -23,10 +23,15 @@ impl StartPart {
     }
 }
 
+/// How often a kernel is loaded ahead. RAM that was mapped stays mapped, though empty, so a client
+/// that changes its mind for ever must not cost a mapping each time.
+const MAX_LOADS: u8 = 8;
+
 /// What was done so far. Nothing is, until both parts were set by a call: defaults may still
 /// change.
 #[derive(Default)]
 pub(super) struct Ahead {
+    loads: u8,
     machine_set: bool,
     boot_set: bool,
     image: Option<Image>,
@@ -48,7 +53,17 @@ impl Ahead {
         if !(self.machine_set && self.boot_set) {
             return;
         }
-        self.image = self.take_image(config, descriptors).ok();
+        if let Some(image) = &self.image {
+            if image.is_current(config, descriptors) {
+                return;
+            }
+            image.discard();
+            self.image = None;
+        }
+        if self.loads < MAX_LOADS {
+            self.loads += 1;
+            self.image = Image::load(config, descriptors).ok();
+        }
     }
 
     /// For how many vCPUs a VM should be made now.
@@ -81,5 +96,40 @@ impl Ahead {
             image.discard();
         }
         Image::load(config, descriptors)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_that_changes_its_mind_for_ever_maps_a_bounded_amount() {
+        let kernel = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(kernel.path(), b"no kernel").unwrap();
+        let boot = format!(r#"{{"kernel_image_path": {:?}}}"#, kernel.path());
+        let mut config = VmConfig {
+            boot_source: Some(crate::config::parse(boot.as_bytes()).unwrap()),
+            ..VmConfig::default()
+        };
+        let descriptors = Descriptors::default();
+        let mappings = || {
+            let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+            maps.lines().count()
+        };
+        let mut ahead = Ahead::default();
+        ahead.load(&config, &descriptors);
+        assert_eq!(ahead.loads, 0, "nothing before both parts were set");
+        ahead.set(StartPart::Machine);
+        ahead.set(StartPart::Boot);
+        let before = mappings();
+        for mib in 0..200 {
+            config.machine_config.mem_size_mib = 32 + mib % 7;
+            ahead.load(&config, &descriptors);
+            assert!(ahead.wants_vm(&config).is_none(), "there is no kernel");
+        }
+        assert_eq!(ahead.loads, MAX_LOADS);
+        assert!(mappings() <= before + 4 * usize::from(MAX_LOADS));
+        assert!(ahead.take_image(&config, &descriptors).is_err());
     }
 }
