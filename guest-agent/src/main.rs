@@ -11,6 +11,7 @@ mod log;
 mod power;
 mod server;
 mod sys;
+mod worker;
 
 use std::ffi::{CString, OsString};
 use std::os::fd::OwnedFd;
@@ -52,6 +53,7 @@ pub(crate) fn start() -> i32 {
             Some("--cgroup"),
             Some(cgroup),
         ] => serve_unix(path, Some(cgroup)),
+        [Some("--serve-worker"), Some(path)] => serve_worker(path),
         [Some("--version")] => {
             print_text(&format!(
                 "belljar-agent {} (protocol generation {GENERATION})\n",
@@ -191,6 +193,23 @@ fn serve_unix(path: &str, cgroup: Option<&str>) -> i32 {
     };
     match served() {
         Ok(_) => 0,
+        Err(error) => {
+            log!("cannot serve on {path}: {error}");
+            1
+        }
+    }
+}
+
+/// The calls that need no other process, on a Unix socket.
+fn serve_worker(path: &str) -> i32 {
+    match std::os::unix::net::UnixListener::bind(path) {
+        Ok(listener) => {
+            let context = worker::Context::new(listener.into(), Vec::new(), String::new());
+            std::sync::Arc::new(context).serve();
+            loop {
+                std::thread::park();
+            }
+        }
         Err(error) => {
             log!("cannot serve on {path}: {error}");
             1

@@ -153,6 +153,15 @@ pub(crate) fn vsock_connect(cid: u32, port: u32) -> io::Result<OwnedFd> {
 
 /// Takes a connection, non-blocking. The number is the peer's CID, for vsock sockets.
 pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, Option<u32>)> {
+    accept_with(listener, libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK)
+}
+
+/// As [`accept`], but the connection blocks.
+pub(crate) fn accept_blocking(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, Option<u32>)> {
+    accept_with(listener, libc::SOCK_CLOEXEC)
+}
+
+fn accept_with(listener: BorrowedFd<'_>, flags: c_int) -> io::Result<(OwnedFd, Option<u32>)> {
     // SAFETY: all zeroes is a valid value of this plain structure.
     let mut address: libc::sockaddr_storage = unsafe { zeroed() };
     let mut length = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
@@ -162,7 +171,7 @@ pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, Option<u3
             listener.as_raw_fd(),
             (&raw mut address).cast(),
             &raw mut length,
-            libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
+            flags,
         )
     })?;
     let is_vsock = c_int::from(address.ss_family) == libc::AF_VSOCK

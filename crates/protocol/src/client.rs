@@ -441,8 +441,8 @@ impl<S: Stream> Exec<S> {
                     });
                     return Ok(Some(self.end(how)));
                 }
-                // A kind of output from a later generation.
-                None => {}
+                // A kind of output from a later generation, or one that was not asked for.
+                _ => {}
             }
         }
     }

@@ -15,7 +15,7 @@ pub mod v1 {
 }
 
 /// Generation this crate speaks; see the compatibility rules in the `.proto` file.
-pub const GENERATION: u32 = 1;
+pub const GENERATION: u32 = 2;
 
 /// vsock port in the guest where the agent takes calls.
 pub const AGENT_PORT: u32 = 1024;

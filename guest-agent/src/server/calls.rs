@@ -61,6 +61,7 @@ impl Server {
         match call {
             Some(Call::Ping(_)) => self.reply(Answer::Pong(v1::Pong {
                 boottime_ns: crate::boot::now_ns(),
+                ..v1::Pong::default()
             })),
             Some(Call::Shutdown(shutdown)) => {
                 let ended = match shutdown.mode() {
@@ -79,11 +80,14 @@ impl Server {
                 self.refusal(Code::Busy, &format!("{MAX_PROGRAMS} programs run already"))
             }
             Some(Call::Exec(exec)) => match self.start(id, session, &exec, backlog) {
-                Ok(pid) => self.reply(Answer::Exec(v1::ExecStarted { pid })),
+                Ok(pid) => self.reply(Answer::Exec(v1::ExecStarted {
+                    pid,
+                    ..v1::ExecStarted::default()
+                })),
                 Err(NotStarted::Invalid(error)) => self.refusal(Code::Invalid, &error.to_string()),
                 Err(NotStarted::Failed(failure)) => self.reply(Answer::SpawnFailure(failure)),
             },
-            None => self.refusal(
+            _ => self.refusal(
                 Code::Unimplemented,
                 "this agent does not know the call; its generation is in this reply",
             ),

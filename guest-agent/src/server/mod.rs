@@ -555,6 +555,7 @@ impl Server {
         self.reply(v1::reply::Result::Error(v1::Error {
             code: code.into(),
             message: message.to_owned(),
+            errno: 0,
         }))
     }
 

@@ -267,6 +267,7 @@ impl Running {
         {
             let end = v1::End {
                 how: Some(how.clone()),
+                ..v1::End::default()
             };
             let output = Some(v1::exec_output::Output::End(end));
             socket.queue(&v1::ExecOutput { output });

@@ -130,6 +130,7 @@ fn request(spec: &ExecSpec, stdin: bool) -> v1::Exec {
         // 0 would mean no limit at all.
         time_limit_ms: spec.timeout.map_or(0, |limit| millis(limit).max(1)),
         grace_ms: Some(millis(GRACE)),
+        ..v1::Exec::default()
     }
 }
 

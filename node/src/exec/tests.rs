@@ -52,7 +52,13 @@ fn reply(guest: &mut Connection<UnixStream>, result: Answer) {
 }
 
 fn started(guest: &mut Connection<UnixStream>) {
-    reply(guest, Answer::Exec(v1::ExecStarted { pid: 9 }));
+    reply(
+        guest,
+        Answer::Exec(v1::ExecStarted {
+            pid: 9,
+            ..v1::ExecStarted::default()
+        }),
+    );
 }
 
 fn say(guest: &mut Connection<UnixStream>, output: Output) {
@@ -64,7 +70,13 @@ fn say(guest: &mut Connection<UnixStream>, output: Output) {
 
 fn end(guest: &mut Connection<UnixStream>, code: u32) {
     let how = Some(How::Exited(v1::Exited { code }));
-    say(guest, Output::End(v1::End { how }));
+    say(
+        guest,
+        Output::End(v1::End {
+            how,
+            ..v1::End::default()
+        }),
+    );
 }
 
 #[test]

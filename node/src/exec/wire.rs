@@ -176,8 +176,8 @@ impl Wire {
                 let unknown = || lost("the agent told an end that this program does not know");
                 handle(WireEvent::End(end.how.unwrap_or_else(unknown)));
             }
-            // A kind of output from a later generation.
-            None => {}
+            // A kind of output from a later generation, or one that was not asked for.
+            _ => {}
         }
         Ok(())
     }

@@ -37,7 +37,10 @@ fn output(output: Output, bytes: &mut Vec<u8>) {
 
 #[test]
 fn a_later_agent_is_understood() {
-    let bytes = reply(Answer::Pong(v1::Pong { boottime_ns: 5 }));
+    let bytes = reply(Answer::Pong(v1::Pong {
+        boottime_ns: 5,
+        ..v1::Pong::default()
+    }));
     let (info, pong) = ping(agent(bytes), soon()).unwrap();
     assert_eq!((info.generation, pong.boottime_ns), (7, 5));
     assert!(info.has(v1::Ability::Exec));
@@ -49,6 +52,7 @@ fn refusals_and_spawn_failures_are_typed() {
     let error = v1::Error {
         code: v1::error::Code::Busy.into(),
         message: "full".to_owned(),
+        ..v1::Error::default()
     };
     let refused = ping(agent(reply(Answer::Error(error))), soon()).unwrap_err();
     assert!(matches!(
@@ -67,12 +71,21 @@ fn refusals_and_spawn_failures_are_typed() {
 
 #[test]
 fn exec_collects_both_streams_and_the_end() {
-    let mut bytes = reply(Answer::Exec(v1::ExecStarted { pid: 42 }));
+    let mut bytes = reply(Answer::Exec(v1::ExecStarted {
+        pid: 42,
+        ..v1::ExecStarted::default()
+    }));
     output(Output::Stdout(b"ab".to_vec()), &mut bytes);
     output(Output::Stderr(b"E".to_vec()), &mut bytes);
     output(Output::Stdout(b"cd".to_vec()), &mut bytes);
     let how = How::Exited(v1::Exited { code: 3 });
-    output(Output::End(v1::End { how: Some(how) }), &mut bytes);
+    output(
+        Output::End(v1::End {
+            how: Some(how),
+            ..v1::End::default()
+        }),
+        &mut bytes,
+    );
     let exec = Exec::start(agent(bytes), v1::Exec::default(), soon()).unwrap();
     assert_eq!(exec.pid(), 42);
     let (stdout, stderr, how) = exec.finish(1 << 20, soon()).unwrap();
@@ -85,7 +98,10 @@ fn exec_collects_both_streams_and_the_end() {
 
 #[test]
 fn a_cut_stream_is_lost_wherever_it_is_cut() {
-    let mut whole = reply(Answer::Exec(v1::ExecStarted { pid: 42 }));
+    let mut whole = reply(Answer::Exec(v1::ExecStarted {
+        pid: 42,
+        ..v1::ExecStarted::default()
+    }));
     let head = whole.len();
     output(Output::Stdout(vec![b'x'; 300]), &mut whole);
     for cut in [head, head + 1, head + 5, whole.len()] {

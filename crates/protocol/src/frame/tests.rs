@@ -79,6 +79,7 @@ fn a_message_that_does_not_fit_is_refused_and_leaves_no_trace() {
     let message = v1::Error {
         code: 0,
         message: "x".repeat(MAX_FRAME),
+        ..v1::Error::default()
     };
     assert!(encode(&message, &mut out).is_err());
     assert_eq!(out, [9]);

@@ -1,0 +1,51 @@
+//! From a request to the function that carries it out.
+
+use std::sync::atomic::Ordering;
+
+use belljar_protocol::v1::{self, error::Code, reply::Result as Answer, request::Call};
+
+use super::conn::Conn;
+use super::{Answered, Context, Outcome, refusal};
+
+/// Carries out a call, up to the end of its stream if it has one.
+pub(super) fn answer(context: &Context, conn: &mut Conn, request: v1::Request) -> Answered {
+    let Some(call) = request.call else {
+        return Err(unknown().into());
+    };
+    if is_activity(&call) {
+        context.touch();
+    }
+    let _ = conn;
+    match call {
+        Call::Ping(_) => Ok(Outcome::Reply(Answer::Pong(pong(context)))),
+        Call::Touch(_) => Ok(Outcome::Reply(Answer::Touch(v1::Touched {}))),
+        _ => Err(unknown().into()),
+    }
+}
+
+/// Looking at a guest does not keep it awake.
+const fn is_activity(call: &Call) -> bool {
+    !matches!(
+        call,
+        Call::Ping(_)
+            | Call::Metrics(_)
+            | Call::Events(_)
+            | Call::ListProcesses(_)
+            | Call::Inspect(_)
+    )
+}
+
+fn pong(context: &Context) -> v1::Pong {
+    v1::Pong {
+        boottime_ns: crate::boot::now_ns(),
+        last_activity_ns: context.activity.load(Ordering::Relaxed),
+        worker_restarts: 0,
+    }
+}
+
+fn unknown() -> v1::Error {
+    refusal(
+        Code::Unimplemented,
+        "this agent does not know the call; its generation is in this reply",
+    )
+}

@@ -1,0 +1,200 @@
+//! A connection of the host, blocking: frames in, frames out, one call long.
+
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use belljar_protocol::frame::{self, Decoder, FrameError};
+use prost::Message;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::Timespec;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags};
+
+/// Bytes asked for in one read: a few frames of stream data.
+const READ_SIZE: usize = 128 << 10;
+
+/// Bytes asked for while nothing but a request is expected, so that an idle connection is small.
+const FIRST_READ: usize = 4 << 10;
+
+/// Why a connection is of no use any more.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConnError {
+    #[error("the host hung up")]
+    HungUp,
+    #[error("no frame came in time")]
+    Late,
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    #[error("not the message that was due: {0}")]
+    Decode(#[from] prost::DecodeError),
+    #[error("connection failed: {0}")]
+    System(#[from] Errno),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Conn {
+    fd: OwnedFd,
+    decoder: Decoder,
+    buffer: Vec<u8>,
+    unread: Range<usize>,
+    out: Vec<u8>,
+}
+
+impl AsFd for Conn {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Conn {
+    /// Takes a blocking stream socket at its first byte.
+    pub(crate) const fn new(fd: OwnedFd) -> Self {
+        Self {
+            fd,
+            decoder: Decoder::new(),
+            buffer: Vec::new(),
+            unread: 0..0,
+            out: Vec::new(),
+        }
+    }
+
+    /// True if bytes were read that no message has been made of yet: ask [`Self::try_receive`] before
+    /// waiting for the socket.
+    pub(crate) const fn has_unread(&self) -> bool {
+        self.unread.start < self.unread.end
+    }
+
+    /// Waits for one message. `None`: the host closed its side between two frames.
+    pub(crate) fn receive<M: Message + Default>(
+        &mut self,
+        deadline: Option<Instant>,
+    ) -> Result<Option<M>, ConnError> {
+        loop {
+            if let Some(message) = self.decode()? {
+                return Ok(Some(message));
+            }
+            if let Some(deadline) = deadline
+                && !wait_readable(self.fd.as_fd(), deadline)?
+            {
+                return Err(ConnError::Late);
+            }
+            if !self.fill()? {
+                return if self.decoder.is_at_boundary() {
+                    Ok(None)
+                } else {
+                    Err(ConnError::HungUp)
+                };
+            }
+        }
+    }
+
+    /// A message that is here already, after one read from a socket known to be readable (or none, if
+    /// bytes are left from before). `Ok(None)`: not yet a whole one. `Err(HungUp)`: nor ever.
+    pub(crate) fn try_receive<M: Message + Default>(&mut self) -> Result<Option<M>, ConnError> {
+        if let Some(message) = self.decode()? {
+            return Ok(Some(message));
+        }
+        if !self.fill()? {
+            return Err(ConnError::HungUp);
+        }
+        self.decode()
+    }
+
+    fn decode<M: Message + Default>(&mut self) -> Result<Option<M>, ConnError> {
+        if !self.has_unread() {
+            return Ok(None);
+        }
+        let mut input = self.buffer.get(self.unread.clone()).unwrap_or_default();
+        let fed = self.decoder.feed(&mut input);
+        let left = input.len();
+        let message = fed?.map(|frame| M::decode(&*frame)).transpose()?;
+        self.unread.start = self.unread.end.saturating_sub(left);
+        Ok(message)
+    }
+
+    /// Reads once. False at the end of the stream.
+    fn fill(&mut self) -> Result<bool, ConnError> {
+        let wanted = if self.buffer.is_empty() {
+            FIRST_READ
+        } else {
+            READ_SIZE
+        };
+        self.buffer.resize(wanted, 0);
+        self.unread = 0..0;
+        loop {
+            match rustix::net::recv(&self.fd, self.buffer.as_mut_slice(), RecvFlags::empty()) {
+                Ok((_, got)) => {
+                    self.unread = 0..got;
+                    return Ok(got != 0);
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::CONNRESET) => return Ok(false),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Sends one message as a frame; blocks while the host does not read.
+    pub(crate) fn send<M: Message>(&mut self, message: &M) -> Result<(), ConnError> {
+        self.out.clear();
+        if frame::encode(message, &mut self.out).is_err() {
+            crate::log!("dropped a message longer than a frame");
+            return Ok(());
+        }
+        send_all(self.fd.as_fd(), &self.out)
+    }
+
+    /// Sends bytes as the single `bytes` field `field` of as many messages as it takes.
+    pub(crate) fn send_chunks(&mut self, field: u32, mut data: &[u8]) -> Result<(), ConnError> {
+        while !data.is_empty() {
+            self.out.clear();
+            let taken = frame::encode_chunk(field, data, &mut self.out);
+            data = data.get(taken..).unwrap_or_default();
+            send_all(self.fd.as_fd(), &self.out)?;
+        }
+        Ok(())
+    }
+
+    /// The socket, and bytes of it that were read already.
+    pub(crate) fn into_parts(self) -> (OwnedFd, Vec<u8>) {
+        let unread = self.buffer.get(self.unread).unwrap_or_default().to_vec();
+        (self.fd, unread)
+    }
+}
+
+/// Sends all bytes on a blocking socket.
+pub(crate) fn send_all(fd: BorrowedFd<'_>, mut data: &[u8]) -> Result<(), ConnError> {
+    while !data.is_empty() {
+        match rustix::net::send(fd, data, SendFlags::NOSIGNAL) {
+            Ok(sent) => data = data.get(sent..).unwrap_or_default(),
+            Err(Errno::INTR) => {}
+            Err(Errno::PIPE | Errno::CONNRESET) => return Err(ConnError::HungUp),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Waits until there is something to read, or an end. False: the deadline came first.
+pub(crate) fn wait_readable(fd: BorrowedFd<'_>, deadline: Instant) -> Result<bool, Errno> {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mut set = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+        match poll(&mut set, Some(&timespec(left))) {
+            Ok(0) if left.is_zero() => return Ok(false),
+            Ok(0) | Err(Errno::INTR) => {}
+            Ok(_) => return Ok(true),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// A duration for the kernel.
+pub(crate) fn timespec(time: Duration) -> Timespec {
+    Timespec {
+        tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(time.subsec_nanos()),
+    }
+}

@@ -1,0 +1,221 @@
+//! The worker: speaks the protocol with the host. Blocking code, one thread for each call.
+//!
+//! Threads take turns in `accept`: whoever gets a connection makes sure that another thread waits for
+//! the next one, and serves its call to the end. Nothing in here must be kept: the worker may be killed
+//! and replaced at any moment.
+
+mod calls;
+mod conn;
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use belljar_protocol::v1::{self, error::Code, reply::Result as Answer};
+use belljar_protocol::{GENERATION, HOST_CID};
+
+use self::conn::{Conn, ConnError};
+use crate::log;
+use crate::sys;
+
+/// How long a connection may take to send its request.
+const REQUEST_TIME: Duration = Duration::from_secs(10);
+
+/// How long the host may take to hang up after the end, so that no last byte is cut off.
+const LINGER_TIME: Duration = Duration::from_secs(2);
+
+/// Threads that wait for connections although enough others do: so that a call need not wait for a
+/// thread to be made.
+const IDLE_THREADS: usize = 2;
+
+/// Connections at a time, and so threads.
+const MAX_THREADS: usize = 1200;
+
+/// A call's frames and a few buffers live on the heap.
+const STACK: usize = 192 << 10;
+
+/// What all calls share.
+#[derive(Debug)]
+pub(crate) struct Context {
+    pub(crate) abilities: Vec<i32>,
+    pub(crate) degraded: String,
+    /// `CLOCK_BOOTTIME` in nanoseconds of the last call that counts as activity.
+    pub(crate) activity: AtomicU64,
+    listener: OwnedFd,
+    threads: AtomicUsize,
+    waiting: AtomicUsize,
+}
+
+/// Why a call did not come to its end.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// The reply is this error.
+    Refused(v1::Error),
+    /// There is nobody to reply to.
+    Gone(ConnError),
+}
+
+impl From<v1::Error> for Failure {
+    fn from(error: v1::Error) -> Self {
+        Self::Refused(error)
+    }
+}
+
+impl From<ConnError> for Failure {
+    fn from(error: ConnError) -> Self {
+        Self::Gone(error)
+    }
+}
+
+/// What is left to do for a call that was carried out.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// Send this head; that is all.
+    Reply(Answer),
+    /// The call has sent its head and its stream itself.
+    Streamed,
+}
+
+/// The end of every call's function.
+pub(crate) type Answered = Result<Outcome, Failure>;
+
+/// An [`v1::Error`] with a code and a text.
+pub(crate) fn refusal(code: Code, message: impl Into<String>) -> v1::Error {
+    v1::Error {
+        code: code.into(),
+        message: message.into(),
+        errno: 0,
+    }
+}
+
+/// A failed system call as an [`v1::Error`]; `what` was attempted.
+pub(crate) fn system_error(what: impl std::fmt::Display, errno: rustix::io::Errno) -> v1::Error {
+    v1::Error {
+        code: Code::System.into(),
+        message: format!("{what}: {}", io::Error::from(errno)),
+        errno: errno.raw_os_error().unsigned_abs(),
+    }
+}
+
+impl Context {
+    /// On a blocking, listening socket.
+    pub(crate) fn new(listener: OwnedFd, abilities: Vec<i32>, degraded: String) -> Self {
+        Self {
+            abilities,
+            degraded,
+            activity: AtomicU64::new(0),
+            listener,
+            threads: AtomicUsize::new(0),
+            waiting: AtomicUsize::new(0),
+        }
+    }
+
+    /// Notes that the guest is in use.
+    pub(crate) fn touch(&self) {
+        self.activity
+            .store(crate::boot::now_ns(), Ordering::Relaxed);
+    }
+
+    /// The first frame that every call is answered with.
+    pub(crate) fn head(&self, result: Answer) -> v1::Reply {
+        v1::Reply {
+            generation: GENERATION,
+            abilities: self.abilities.clone(),
+            degraded: self.degraded.clone(),
+            result: Some(result),
+        }
+    }
+
+    /// Begins to serve, in threads of its own.
+    pub(crate) fn serve(self: &Arc<Self>) {
+        self.add_thread();
+    }
+
+    fn take_turns(self: &Arc<Self>) {
+        loop {
+            self.waiting.fetch_add(1, Ordering::AcqRel);
+            let accepted = sys::accept_blocking(self.listener.as_fd());
+            let others = self.waiting.fetch_sub(1, Ordering::AcqRel) - 1;
+            match accepted {
+                Ok((fd, peer)) => {
+                    if others == 0 {
+                        self.add_thread();
+                    }
+                    if peer.is_none_or(|cid| cid == HOST_CID) {
+                        self.serve_call(fd);
+                    } else {
+                        log!("refused a connection from CID {peer:?}: not the host");
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    // Out of descriptors or memory: the connection waits in the queue. Do not spin.
+                    log!("cannot accept a connection: {error}");
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+            }
+            if self.waiting.load(Ordering::Acquire) >= IDLE_THREADS {
+                self.threads.fetch_sub(1, Ordering::Relaxed);
+                return;
+            }
+        }
+    }
+
+    fn add_thread(self: &Arc<Self>) {
+        if self.threads.fetch_add(1, Ordering::Relaxed) >= MAX_THREADS {
+            self.threads.fetch_sub(1, Ordering::Relaxed);
+            return;
+        }
+        let context = Arc::clone(self);
+        let made = std::thread::Builder::new()
+            .stack_size(STACK)
+            .spawn(move || context.take_turns());
+        if let Err(error) = made {
+            // This thread waits again when its call is over.
+            self.threads.fetch_sub(1, Ordering::Relaxed);
+            log!("cannot make a thread: {error}");
+        }
+    }
+
+    fn serve_call(&self, fd: OwnedFd) {
+        let mut conn = Conn::new(fd);
+        let deadline = Instant::now().checked_add(REQUEST_TIME);
+        let served = match conn.receive::<v1::Request>(deadline) {
+            Ok(Some(request)) => match calls::answer(self, &mut conn, request) {
+                Ok(Outcome::Reply(result)) => conn.send(&self.head(result)),
+                Ok(Outcome::Streamed) => Ok(()),
+                Err(Failure::Refused(error)) => conn.send(&self.head(Answer::Error(error))),
+                Err(Failure::Gone(error)) => Err(error),
+            },
+            Ok(None) => return,
+            Err(ConnError::Decode(error)) => {
+                let error = refusal(Code::Invalid, format!("no request: {error}"));
+                conn.send(&self.head(Answer::Error(error)))
+            }
+            Err(error) => Err(error),
+        };
+        match served {
+            Ok(()) => linger(conn),
+            Err(ConnError::HungUp) => {}
+            Err(error) => log!("connection dropped: {error}"),
+        }
+    }
+}
+
+/// Lets the host hang up first: closing with unread input would cut off what was sent last.
+fn linger(conn: Conn) {
+    let (fd, _) = conn.into_parts();
+    let _ = rustix::net::shutdown(&fd, rustix::net::Shutdown::Write);
+    let Some(deadline) = Instant::now().checked_add(LINGER_TIME) else {
+        return;
+    };
+    let mut scratch = [0; 4096];
+    while let Ok(true) = conn::wait_readable(fd.as_fd(), deadline) {
+        match rustix::net::recv(&fd, &mut scratch[..], rustix::net::RecvFlags::empty()) {
+            Ok((_, got)) if got != 0 => {}
+            _ => return,
+        }
+    }
+}
