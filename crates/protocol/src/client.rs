@@ -120,6 +120,8 @@ pub enum CallError {
         code: v1::error::Code,
         /// Why, for people.
         message: String,
+        /// Linux errno; 0 if no system call failed.
+        errno: u32,
     },
     /// The process of an exec could not be started.
     #[error("{}", .0.message)]
@@ -271,6 +273,7 @@ impl<S: Stream> Connection<S> {
             Some(v1::reply::Result::Error(error)) => Err(CallError::Refused {
                 code: error.code(),
                 message: error.message,
+                errno: error.errno,
             }),
             Some(v1::reply::Result::SpawnFailure(failure)) => Err(CallError::SpawnFailed(failure)),
             Some(result) => Ok((info, result)),
@@ -281,6 +284,12 @@ impl<S: Stream> Connection<S> {
     /// The stream below.
     pub const fn get_ref(&self) -> &S {
         &self.stream
+    }
+
+    /// The stream below, and bytes of it that were read already: what follows a `connect` is raw.
+    pub fn into_parts(self) -> (S, Vec<u8>) {
+        let unread = self.buffer.get(self.unread).unwrap_or_default().to_vec();
+        (self.stream, unread)
     }
 }
 

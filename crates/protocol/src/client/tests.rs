@@ -57,7 +57,7 @@ fn refusals_and_spawn_failures_are_typed() {
     let refused = ping(agent(reply(Answer::Error(error))), soon()).unwrap_err();
     assert!(matches!(
         refused,
-        CallError::Refused { code: v1::error::Code::Busy, ref message } if message == "full"
+        CallError::Refused { code: v1::error::Code::Busy, ref message, .. } if message == "full"
     ));
     let failure = v1::SpawnFailure {
         kind: v1::spawn_failure::Kind::NotFound.into(),
