@@ -1,253 +1,171 @@
-//! What can be said on the command line.
+//! What can be said on the command line: the list of verbs. The arguments of each stand with it in `verbs/`.
 
-use std::ffi::OsString;
-use std::path::PathBuf;
-use std::time::Duration;
+use clap::{CommandFactory, Parser, Subcommand};
 
-use belljar_node::drive::DriveSpec;
-use belljar_node::sandbox::{DiskChoice, ImageChoice};
-use belljar_node::size::Size;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use crate::verbs;
 
 /// Small Linux computers behind hardware virtualisation, one for each session.
 #[derive(Debug, Parser)]
 #[command(
     name = "belljar",
     version,
-    propagate_version = true,
+    disable_help_subcommand = true,
     max_term_width = 100
 )]
 #[command(after_help = "\
 Examples:
-  belljar run -- uname -a                      run one command in a fresh guest
-  belljar run -- python3 -c 'print(6*7)'
-  belljar doctor                               check this machine
+  belljar run -- uname -a                      one command in a fresh guest that goes away with it
+  belljar run -d --name box                    a guest that stays
+  belljar ls                                   what there is
+  belljar VERB --help                          more about a verb, with examples
 
-Exit status: the guest command's own; 128+n if a signal ended it; 124 for --timeout;
-126 not executable; 127 not found; 125 if Bell Jar itself failed.")]
+A sandbox is named by its id, its name, or the beginning of either.")]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) verb: Verb,
 }
 
+/// Each verb is built only when it is used or described (`defer`): a short start is worth it. A new one is
+/// a line here, a line in [`Verb::carry_out`] and a word in [`GROUPS`].
 #[derive(Debug, Subcommand)]
+#[command(defer = true)]
 pub(crate) enum Verb {
-    Run(Box<Run>),
-    Doctor(Doctor),
+    Run(Box<verbs::run::Args>),
+    Ls(verbs::ls::Args),
+    Inspect(verbs::inspect::Args),
+    Doctor(verbs::doctor::Args),
+    /// Describe belljar, or one of its verbs
+    #[command(hide = true)]
+    Help {
+        verb: Vec<String>,
+    },
 }
 
-/// Boot a fresh guest, run one command in it, and throw the guest away.
-///
-/// Output and exit status are the command's. Nothing is left behind, whatever happens.
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Examples:
-  belljar run -- sh -c 'ls / | wc -l'            a pipeline needs a shell
-  echo hello | belljar run -i -- tr a-z A-Z      -i passes standard input on
-  belljar run --memory 1G --cpus 2 -- make -j2
-  belljar run --drive data.img:ro -- mount -o ro /dev/vdc /mnt
-  belljar run --timeout 10s -- ./might-hang      exit status 124 after ten seconds
-  belljar run --boot-time -- true                what booting took, by stages
-
-Ctrl-C sends SIGINT to the command in the guest; the second one kills it; the third one
-gives up waiting and removes the guest.")]
-pub(crate) struct Run {
-    /// Program and its arguments; no shell is involved
-    #[arg(last = true, required = true, value_name = "COMMAND")]
-    pub(crate) command: Vec<OsString>,
-
-    /// Pass standard input on to the command
-    #[arg(short, long)]
-    pub(crate) interactive: bool,
-
-    /// Set a variable in the command's environment; NAME alone copies it from here
-    #[arg(short, long, value_name = "NAME[=VALUE]")]
-    pub(crate) env: Vec<OsString>,
-
-    /// Directory the command starts in
-    #[arg(short, long, value_name = "DIR")]
-    pub(crate) workdir: Option<OsString>,
-
-    /// User the command runs as: a name or number of the guest, with a group if given
-    #[arg(short, long, value_name = "USER[:GROUP]")]
-    pub(crate) user: Option<String>,
-
-    /// End the command after this time: 30s, 5m, 1h, 500ms
-    #[arg(long, value_name = "TIME", value_parser = parse_time)]
-    pub(crate) timeout: Option<Duration>,
-
-    /// Number of virtual processors, 1 to 32
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=32), help_heading = "The guest")]
-    pub(crate) cpus: u32,
-
-    /// Memory of the guest: 128M, 2G
-    #[arg(
-        short,
-        long,
-        value_name = "SIZE",
-        default_value = "256M",
-        help_heading = "The guest"
-    )]
-    pub(crate) memory: Size,
-
-    /// Size of the writable disk that goes away with the guest; 'none' keeps what is written in memory
-    /// [default: 1G]
-    #[arg(long, value_name = "SIZE", value_parser = parse_disk, help_heading = "The guest")]
-    pub(crate) disk: Option<DiskChoice>,
-
-    /// Add a drive: a raw disk image or block device
-    #[arg(long, value_name = "PATH[:ro][:id=NAME]", help_heading = "The guest")]
-    pub(crate) drive: Vec<DriveSpec>,
-
-    /// Root file system, an EROFS image; 'none' runs the command in the initramfs
-    #[arg(long, value_name = "FILE", value_parser = parse_image, help_heading = "The guest")]
-    pub(crate) image: Option<ImageChoice>,
-
-    /// Kernel: an x86-64 vmlinux or bzImage
-    #[arg(long, value_name = "FILE", help_heading = "The guest")]
-    pub(crate) kernel: Option<PathBuf>,
-
-    /// Initramfs that holds the agent
-    #[arg(long, value_name = "FILE", help_heading = "The guest")]
-    pub(crate) initramfs: Option<PathBuf>,
-
-    /// Words to add to the kernel's command line
-    #[arg(long, value_name = "WORDS", help_heading = "The guest")]
-    pub(crate) boot_args: Option<String>,
-
-    /// Directory with kernel, initramfs, image and disks [default: the cache that 'make' fills]
-    #[arg(
-        long,
-        value_name = "DIR",
-        env = "BELLJAR_ASSETS",
-        help_heading = "This machine"
-    )]
-    pub(crate) assets: Option<PathBuf>,
-
-    /// The VMM's program [default: belljar-vmm beside this one]
-    #[arg(
-        long,
-        value_name = "FILE",
-        env = "BELLJAR_VMM",
-        help_heading = "This machine"
-    )]
-    pub(crate) vmm: Option<PathBuf>,
-
-    /// Give up on a guest that is not up after this time [default: 30s; 60s inside another virtual machine]
-    #[arg(long, value_name = "TIME", value_parser = parse_time, env = "BELLJAR_BOOT_TIMEOUT", help_heading = "This machine")]
-    pub(crate) boot_timeout: Option<Duration>,
-
-    /// Print the boot time and its stages on standard error
-    #[arg(
-        short = 'v',
-        long,
-        visible_alias = "stages",
-        help_heading = "This machine"
-    )]
-    pub(crate) boot_time: bool,
-}
-
-/// Check this machine, and say what to do about each thing that is missing.
-///
-/// Exit status 1 if a check failed.
-#[derive(Debug, Args)]
-pub(crate) struct Doctor {
-    /// Remove what crashed sandboxes left behind
-    #[arg(long)]
-    pub(crate) clean: bool,
-
-    /// A table on a terminal, JSON when piped, unless said here
-    #[arg(short, long, value_name = "FORMAT")]
-    pub(crate) output: Option<Format>,
-
-    /// Directory with kernel, initramfs, image and disks [default: the cache that 'make' fills]
-    #[arg(long, value_name = "DIR", env = "BELLJAR_ASSETS")]
-    pub(crate) assets: Option<PathBuf>,
-
-    /// The VMM's program [default: belljar-vmm beside this one]
-    #[arg(long, value_name = "FILE", env = "BELLJAR_VMM")]
-    pub(crate) vmm: Option<PathBuf>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Format {
-    Table,
-    Json,
-}
-
-fn parse_disk(text: &str) -> Result<DiskChoice, String> {
-    if text == "none" {
-        return Ok(DiskChoice::None);
+impl Verb {
+    /// Returns the exit status.
+    pub(crate) fn carry_out(&self, begin: std::time::Instant) -> u8 {
+        match self {
+            Self::Run(args) => verbs::run::run(args, begin),
+            Self::Ls(args) => verbs::ls::ls(args),
+            Self::Inspect(args) => verbs::inspect::inspect(args),
+            Self::Doctor(args) => verbs::doctor::doctor(args),
+            Self::Help { verb } => help(verb),
+        }
     }
-    text.parse()
-        .map(DiskChoice::Size)
-        .map_err(|error: belljar_node::size::SizeError| error.to_string())
 }
 
-#[allow(clippy::unnecessary_wraps)] // The shape clap wants.
-fn parse_image(text: &str) -> Result<ImageChoice, String> {
-    Ok(if text == "none" {
-        ImageChoice::None
-    } else {
-        ImageChoice::Path(text.into())
-    })
+/// In which order, and under which title, `belljar --help` lists the verbs.
+pub(crate) const GROUPS: [(&str, &[&str]); 5] = [
+    (
+        "Sandboxes",
+        &[
+            "run", "create", "start", "stop", "rm", "ls", "inspect", "pause", "resume",
+        ],
+    ),
+    (
+        "Commands and terminals",
+        &["exec", "shell", "attach", "logs", "ps", "kill"],
+    ),
+    ("Files", &["cp", "fs", "watch"]),
+    (
+        "Looking and waiting",
+        &["stats", "top", "events", "wait", "port"],
+    ),
+    (
+        "When something is wrong",
+        &["console", "debug", "doctor", "completion"],
+    ),
+];
+
+/// The list of verbs in their groups, as the help shows it.
+fn grouped(command: &clap::Command) -> String {
+    let mut text = String::new();
+    for (title, verbs) in GROUPS {
+        let known = verbs
+            .iter()
+            .filter_map(|verb| Some((verb, command.find_subcommand(verb)?.get_about()?)));
+        let lines: String = known
+            .map(|(verb, about)| format!("  {verb:<11} {about}\n"))
+            .collect();
+        if !lines.is_empty() {
+            text.push_str(&format!("{title}:\n{lines}\n"));
+        }
+    }
+    text
 }
 
-/// `500ms`, `30s`, `5m`, `1h`, or seconds without a suffix; fractions are allowed.
-fn parse_time(text: &str) -> Result<Duration, String> {
-    let digits = text
-        .find(|c: char| !c.is_ascii_digit() && c != '.')
-        .unwrap_or(text.len());
-    let (number, suffix) = text.split_at(digits);
-    let unit = match suffix {
-        "ms" => 0.001,
-        "" | "s" => 1.0,
-        "m" => 60.0,
-        "h" => 3600.0,
-        _ => return Err("write for example 500ms, 30s, 5m or 1h".into()),
+/// The whole definition with its verbs in groups; for help, completions and manual pages.
+pub(crate) fn described() -> clap::Command {
+    let mut command = Cli::command();
+    // Building fills in what was deferred.
+    command.build();
+    let verbs = grouped(&command);
+    command.help_template(format!(
+        "{{about-with-newline}}\n{{usage-heading}} {{usage}}\n\n{verbs}Options:\n{{options}}{{after-help}}"
+    ))
+}
+
+/// Prints the help of belljar or of a verb.
+fn help(verb: &[String]) -> u8 {
+    let mut command = described();
+    let described = match verb.first() {
+        None => Some(&mut command),
+        Some(verb) => command.find_subcommand_mut(verb),
     };
-    let number: f64 = number
-        .parse()
-        .map_err(|_| "write for example 500ms, 30s, 5m or 1h".to_owned())?;
-    let seconds = number * unit;
-    if seconds <= 0.0 {
-        return Err("the time must be longer than nothing".into());
+    let Some(described) = described else {
+        crate::report::failure(
+            &format!("there is no verb '{}'", verb.join(" ")),
+            Some("'belljar --help' lists all"),
+        );
+        return crate::OURS;
+    };
+    let _ = if verb.is_empty() {
+        described.print_help()
+    } else {
+        described.print_long_help()
+    };
+    0
+}
+
+/// Whether the arguments ask for the list of verbs, which is not clap's own.
+pub(crate) fn asks_for_the_list(argument: Option<&std::ffi::OsStr>) -> bool {
+    argument.is_none_or(|word| word == "-h" || word == "--help")
+}
+
+/// Prints the list of verbs.
+pub(crate) fn print_list(asked: bool) -> u8 {
+    if asked {
+        return help(&[]);
     }
-    // Ten years: more is no limit.
-    if seconds > 3.2e8 {
-        return Err("the time is too long".into());
-    }
-    Ok(Duration::from_secs_f64(seconds))
+    let text = described().render_help();
+    crate::report::print(&text.to_string());
+    crate::OURS
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_definition_is_consistent() {
-        Cli::command().debug_assert();
+        described().debug_assert();
     }
 
     #[test]
-    fn times_are_read() {
-        assert_eq!(parse_time("500ms"), Ok(Duration::from_millis(500)));
-        assert_eq!(parse_time("1.5"), Ok(Duration::from_millis(1500)));
-        assert_eq!(parse_time("2m"), Ok(Duration::from_secs(120)));
-        for text in [
-            "",
-            "s",
-            "-1",
-            "0",
-            "1d",
-            "1.2.3",
-            "99999999999h",
-            "nan",
-            "1e9",
-        ] {
-            assert!(parse_time(text).is_err(), "{text}");
+    fn every_verb_is_in_one_group_and_described() {
+        let command = described();
+        for verb in command.get_subcommands().filter(|verb| !verb.is_hide_set()) {
+            let groups = GROUPS
+                .iter()
+                .filter(|(_, verbs)| verbs.contains(&verb.get_name()));
+            assert_eq!(groups.count(), 1, "{} stands in one group", verb.get_name());
+            assert!(verb.get_about().is_some(), "{}", verb.get_name());
         }
+        let text = described().render_help().to_string();
+        assert!(
+            text.contains("  run ") && text.contains("When something is wrong"),
+            "{text}"
+        );
     }
 
     #[test]
@@ -262,13 +180,5 @@ mod tests {
         assert!(Cli::try_parse_from(["belljar", "run"]).is_err());
         assert!(Cli::try_parse_from(["belljar", "run", "--cpus", "33", "--", "x"]).is_err());
         assert!(Cli::try_parse_from(["belljar", "run", "--cpus", "0", "--", "x"]).is_err());
-    }
-
-    #[test]
-    fn none_is_a_choice() {
-        assert_eq!(parse_disk("none"), Ok(DiskChoice::None));
-        assert_eq!(parse_disk("2G"), Ok(DiskChoice::Size(Size(2 << 30))));
-        assert!(parse_disk("big").is_err());
-        assert_eq!(parse_image("none"), Ok(ImageChoice::None));
     }
 }

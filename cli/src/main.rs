@@ -2,38 +2,40 @@
 #![forbid(unsafe_code)]
 
 mod arguments;
-mod doctor;
+mod failure;
+mod options;
+mod output;
 mod report;
-mod run;
+mod values;
+mod verbs;
 
 use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
 
-use arguments::{Cli, Verb};
-
 /// Exit status when the failure is ours and not the command's.
 const OURS: u8 = 125;
 
 fn main() -> ExitCode {
     let begin = Instant::now();
-    let mut arguments = std::env::args_os();
-    if arguments
-        .nth(1)
+    let mut words = std::env::args_os().skip(1).peekable();
+    let first = words.next();
+    if first
+        .as_ref()
         .is_some_and(|mode| mode == belljar_node::supervisor::MODE)
     {
-        return ExitCode::from(belljar_node::supervisor::main(arguments));
+        return ExitCode::from(belljar_node::supervisor::main(words));
     }
-    let cli = match Cli::try_parse() {
+    if arguments::asks_for_the_list(first.as_deref()) {
+        return ExitCode::from(arguments::print_list(first.is_some()));
+    }
+    let cli = match arguments::Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
             let _ = error.print();
             return ExitCode::from(if error.use_stderr() { OURS } else { 0 });
         }
     };
-    ExitCode::from(match cli.verb {
-        Verb::Run(options) => run::run(&options, begin),
-        Verb::Doctor(options) => doctor::doctor(&options),
-    })
+    ExitCode::from(cli.verb.carry_out(begin))
 }

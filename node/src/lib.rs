@@ -11,6 +11,7 @@ pub mod drive;
 pub mod ending;
 pub mod exec;
 pub mod poll;
+pub mod registry;
 pub mod sandbox;
 pub mod size;
 pub mod stages;

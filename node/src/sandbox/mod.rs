@@ -6,7 +6,7 @@ mod plan;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ pub use plan::{DiskChoice, GuestSpec, ImageChoice};
 use crate::diagnosis;
 use crate::ending::{Ended, Meaning};
 use crate::poll::{PollSet, Polled};
+use crate::registry::SocketPath;
 use crate::stages::Stages;
 use crate::state::{self, SandboxDir, StateRoot};
 use crate::supervisor::{self, Event, EventReader};
@@ -322,7 +323,7 @@ impl Sandbox {
         port: u32,
         deadline: Instant,
     ) -> Result<UnixStream, belljar_protocol::hybrid::ConnectError> {
-        let path = short_path(&self.dir, state::VSOCK_SOCKET);
+        let path = SocketPath::new(&self.dir, state::VSOCK_SOCKET);
         belljar_protocol::hybrid::connect(path.path(), port, deadline)
     }
 
@@ -332,7 +333,7 @@ impl Sandbox {
     }
 
     fn socket(&self, name: &str) -> Result<SocketPath, BootError> {
-        Ok(short_path(&self.dir, name))
+        Ok(SocketPath::new(&self.dir, name))
     }
 
     /// Asks the guest to write everything back and to switch itself off; waits for that.
@@ -390,52 +391,9 @@ impl Drop for Sandbox {
     }
 }
 
-/// A socket's address has room for 107 bytes. A longer path is reached through the open directory.
-struct SocketPath {
-    path: PathBuf,
-    _dir: Option<File>,
-}
-
-impl SocketPath {
-    fn path(&self) -> &Path {
-        &self.path
-    }
-}
-
-const SOCKET_PATH_MAX: usize = 107;
-
-fn short_path(dir: &SandboxDir, name: &str) -> SocketPath {
-    use std::os::fd::AsRawFd;
-    let path = dir.file(name);
-    if path.as_os_str().len() <= SOCKET_PATH_MAX {
-        return SocketPath { path, _dir: None };
-    }
-    match File::open(dir.path()) {
-        Ok(open) => SocketPath {
-            path: PathBuf::from(format!("/proc/self/fd/{}/{name}", open.as_raw_fd())),
-            _dir: Some(open),
-        },
-        Err(_) => SocketPath { path, _dir: None },
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sockets_work_below_any_directory() {
-        let keep = tempfile::tempdir().unwrap();
-        for depth in [0, 30] {
-            let deep = keep.path().join("long-name/".repeat(depth)).join("x");
-            std::fs::create_dir_all(&deep).unwrap();
-            let dir = SandboxDir::existing(&deep);
-            let address = short_path(&dir, "v.sock_1025");
-            let _listener = UnixListener::bind(address.path()).unwrap();
-            UnixStream::connect(short_path(&dir, "v.sock_1025").path()).unwrap();
-            assert!(dir.file("v.sock_1025").exists());
-        }
-    }
 
     #[test]
     fn io_errors_of_the_supervisor_name_what_was_done() {

@@ -4,27 +4,35 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `lock` | locked (flock) by the supervisor, and by whoever removes the directory |
+//! | `lock` | locked (flock) by the supervisor, and by whoever makes, starts or removes the sandbox |
+//! | `config.json` | what the sandbox is; appears by rename when all else is ready |
+//! | `boot.json` | the stages of the last start |
 //! | `owner.json` | supervisor, VMM, boot of the machine |
 //! | `ended.json` | how the VMM ended; appears by rename |
 //! | `api.sock` | the VMM's control API |
 //! | `v.sock`, `v.sock_1025` | vsock: into the guest; the agent's sign of readiness |
 //! | `console.sock` | the guest's console |
+//! | `control.sock` | the supervisor: port forwards |
 //! | `console.log`, `vmm.log` | what the console and the VMM said, bounded |
 //! | `disk` | the writable disk |
+//!
+//! `…/names/NAME` are symbolic links to the directories of the sandboxes that have a name.
 
+mod names;
 mod process;
+pub mod spec;
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::FlockOperation;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+pub use names::ClaimError;
 pub use process::{ProcessRecord, boot_id};
 
 use crate::ending::Ended;
@@ -36,7 +44,15 @@ const VERSION: u32 = 1;
 /// A directory younger than this without a lock is being made.
 const GRACE: Duration = Duration::from_secs(10);
 
+/// A lock that somebody only looks at is free again within this time.
+const LOOK: Duration = Duration::from_millis(200);
+/// Extension of a directory's name while it is being removed.
+const REMOVING: &str = "removing";
+
 pub const LOCK: &str = "lock";
+pub const CONFIG: &str = "config.json";
+pub const BOOT: &str = "boot.json";
+pub const CONTROL_SOCKET: &str = "control.sock";
 pub const OWNER: &str = "owner.json";
 pub const ENDED: &str = "ended.json";
 pub const API_SOCKET: &str = "api.sock";
@@ -76,8 +92,11 @@ pub struct Owner {
     pub boot_id: String,
     pub supervisor: ProcessRecord,
     pub vmm: Option<ProcessRecord>,
-    /// Goes away with the command that made it.
+    /// Goes away with the command that made it, or with its guest.
     pub ephemeral: bool,
+    /// The cgroup that limits the VMM's CPU time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cgroup: Option<PathBuf>,
 }
 
 impl Owner {
@@ -90,6 +109,7 @@ impl Owner {
             supervisor,
             vmm,
             ephemeral,
+            cgroup: None,
         }
     }
 }
@@ -98,6 +118,7 @@ impl Owner {
 #[derive(Debug, Clone)]
 pub struct StateRoot {
     sandboxes: PathBuf,
+    names: PathBuf,
 }
 
 impl StateRoot {
@@ -121,6 +142,7 @@ impl StateRoot {
         let root = std::path::absolute(root).map_err(io_error("use", root))?;
         Ok(Self {
             sandboxes: root.join("sandboxes"),
+            names: root.join("names"),
         })
     }
 
@@ -150,7 +172,7 @@ impl StateRoot {
                 Err(error) => return Err(io_error("make the directory", &path)(error)),
             }
             let dir = SandboxDir { id, path };
-            let lock = dir.try_lock()?.ok_or_else(|| StateError::Io {
+            let lock = dir.lock_soon()?.ok_or_else(|| StateError::Io {
                 what: "lock",
                 path: dir.file(LOCK),
                 source: io::ErrorKind::WouldBlock.into(),
@@ -182,6 +204,12 @@ impl StateRoot {
         found.sort_by(|a, b| a.id.cmp(&b.id));
         Ok(found)
     }
+}
+
+/// Whether a text has the form of an id.
+#[must_use]
+pub fn is_id(text: &str) -> bool {
+    text.len() == 8 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 /// Eight hexadecimal digits.
@@ -275,6 +303,37 @@ impl SandboxDir {
         }
     }
 
+    /// Takes the lock, even if somebody looks at the sandbox at this moment; `None` if it has an owner.
+    ///
+    /// # Errors
+    /// The lock file cannot be opened.
+    pub fn lock_soon(&self) -> Result<Option<File>, StateError> {
+        self.lock_within(LOOK)
+    }
+
+    /// Takes the lock as soon as it is free; `None` if that is not within `limit`.
+    ///
+    /// # Errors
+    /// The lock file cannot be opened.
+    pub fn lock_within(&self, limit: Duration) -> Result<Option<File>, StateError> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(lock) = self.try_lock()? {
+                return Ok(Some(lock));
+            }
+            if Instant::now() >= deadline {
+                return Ok(None);
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Whether its removal has begun.
+    #[must_use]
+    pub fn is_being_removed(&self) -> bool {
+        self.path.extension().is_some_and(|end| end == REMOVING)
+    }
+
     /// Writes a record by rename, so that it is never seen half written.
     ///
     /// # Errors
@@ -334,14 +393,25 @@ impl SandboxDir {
             .is_some_and(|age| age < GRACE)
     }
 
-    /// Removes the directory and all in it.
+    /// Removes the directory and all in it. It loses its id first, so that what a crash leaves of it is
+    /// known as half removed.
     ///
     /// # Errors
     /// Something in it cannot be removed.
     pub fn remove(&self) -> Result<(), StateError> {
-        match fs::remove_dir_all(&self.path) {
+        let doomed = if self.is_being_removed() {
+            self.path.clone()
+        } else {
+            let doomed = self.path.with_added_extension(REMOVING);
+            match fs::rename(&self.path, &doomed) {
+                Ok(()) => doomed,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                Err(error) => return Err(io_error("remove", &self.path)(error)),
+            }
+        };
+        match fs::remove_dir_all(&doomed) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(io_error("remove", &self.path)(error))
+                Err(io_error("remove", &doomed)(error))
             }
             _ => Ok(()),
         }

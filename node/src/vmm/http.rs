@@ -42,13 +42,13 @@ impl Response {
     }
 }
 
-/// Appends a request with a JSON body.
-pub(super) fn put_request(out: &mut Vec<u8>, path: &str, body: &[u8]) {
+/// Appends a request with a JSON body, or none if that is empty.
+pub(super) fn put_request(out: &mut Vec<u8>, method: &str, path: &str, body: &[u8]) {
     let mut head = String::new();
     // Writing to a string does not fail.
     let _ = write!(
         head,
-        "PUT {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
         body.len()
     );
     out.extend_from_slice(head.as_bytes());

@@ -13,14 +13,26 @@ pub use http::{HttpError, Response};
 /// A call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
-    #[error("the VMM refused PUT {path}: {fault}")]
-    Refused { path: String, fault: String },
-    #[error("the VMM's API did not answer PUT {path} within {} ms", limit.as_millis())]
-    TimedOut { path: String, limit: Duration },
-    #[error("the VMM closed its API before it answered PUT {path}")]
-    Closed { path: String },
-    #[error("the VMM's API broke off at PUT {path}: {source}")]
-    Broken { path: String, source: HttpError },
+    #[error("the VMM refused {method} {path}: {fault}")]
+    Refused {
+        method: &'static str,
+        path: String,
+        fault: String,
+    },
+    #[error("the VMM's API did not answer {method} {path} within {} ms", limit.as_millis())]
+    TimedOut {
+        method: &'static str,
+        path: String,
+        limit: Duration,
+    },
+    #[error("the VMM closed its API before it answered {method} {path}")]
+    Closed { method: &'static str, path: String },
+    #[error("the VMM's API broke off at {method} {path}: {source}")]
+    Broken {
+        method: &'static str,
+        path: String,
+        source: HttpError,
+    },
     #[error("the VMM's API cannot be used: {0}")]
     Io(#[from] io::Error),
 }
@@ -40,51 +52,101 @@ pub fn run_calls(
     let begin = Instant::now();
     let mut requests = Vec::new();
     for call in calls {
-        http::put_request(&mut requests, &call.path, &call.body);
+        http::put_request(&mut requests, "PUT", &call.path, &call.body);
     }
     stream.set_write_timeout(Some(time_left(deadline)))?;
     stream.write_all(&requests)?;
 
     let mut reader = http::ResponseReader::default();
     for (index, call) in calls.iter().enumerate() {
-        let path = || call.path.clone();
-        let response = loop {
-            let parsed = reader.next_response().map_err(|source| ApiError::Broken {
-                path: path(),
-                source,
-            })?;
-            if let Some(response) = parsed {
-                break response;
-            }
-            stream.set_read_timeout(Some(time_left(deadline)))?;
-            let mut buffer = [0u8; 4096];
-            match stream.read(&mut buffer) {
-                Ok(0) => return Err(ApiError::Closed { path: path() }),
-                Ok(count) => reader.push(buffer.get(..count).unwrap_or_default()),
-                Err(error) => match error.kind() {
-                    io::ErrorKind::Interrupted => {}
-                    io::ErrorKind::ConnectionReset => {
-                        return Err(ApiError::Closed { path: path() });
-                    }
-                    io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-                        return Err(ApiError::TimedOut {
-                            path: path(),
-                            limit: begin.elapsed(),
-                        });
-                    }
-                    _ => return Err(error.into()),
-                },
-            }
-        };
+        let response = next_response(stream, &mut reader, ("PUT", &call.path), begin, deadline)?;
         if response.status / 100 != 2 {
             return Err(ApiError::Refused {
-                path: path(),
+                method: "PUT",
+                path: call.path.clone(),
                 fault: response.fault_message(),
             });
         }
         answered(index);
     }
     Ok(())
+}
+
+/// Makes one call, and returns its answer if that is not a refusal.
+///
+/// # Errors
+/// It was refused, or what happened to the connection.
+pub fn request(
+    stream: &mut UnixStream,
+    method: &'static str,
+    path: &str,
+    body: &[u8],
+    deadline: Instant,
+) -> Result<Response, ApiError> {
+    let begin = Instant::now();
+    let mut bytes = Vec::new();
+    http::put_request(&mut bytes, method, path, body);
+    stream.set_write_timeout(Some(time_left(deadline)))?;
+    stream.write_all(&bytes)?;
+    let mut reader = http::ResponseReader::default();
+    let response = next_response(stream, &mut reader, (method, path), begin, deadline)?;
+    if response.status / 100 == 2 {
+        Ok(response)
+    } else {
+        Err(ApiError::Refused {
+            method,
+            path: path.to_owned(),
+            fault: response.fault_message(),
+        })
+    }
+}
+
+fn next_response(
+    stream: &mut UnixStream,
+    reader: &mut http::ResponseReader,
+    (method, path): (&'static str, &str),
+    begin: Instant,
+    deadline: Instant,
+) -> Result<Response, ApiError> {
+    let path = || path.to_owned();
+    loop {
+        let parsed = reader.next_response().map_err(|source| ApiError::Broken {
+            method,
+            path: path(),
+            source,
+        })?;
+        if let Some(response) = parsed {
+            return Ok(response);
+        }
+        stream.set_read_timeout(Some(time_left(deadline)))?;
+        let mut buffer = [0u8; 4096];
+        match stream.read(&mut buffer) {
+            Ok(0) => {
+                return Err(ApiError::Closed {
+                    method,
+                    path: path(),
+                });
+            }
+            Ok(count) => reader.push(buffer.get(..count).unwrap_or_default()),
+            Err(error) => match error.kind() {
+                io::ErrorKind::Interrupted => {}
+                io::ErrorKind::ConnectionReset => {
+                    return Err(ApiError::Closed {
+                        method,
+                        path: path(),
+                    });
+                }
+                io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+                    return Err(ApiError::TimedOut {
+                        method,
+                        path: path(),
+                        limit: begin.elapsed(),
+                    });
+                }
+                _ => return Err(error.into()),
+            },
+        }
+    }
 }
 
 /// Never zero, which would mean no limit at all.
@@ -132,7 +194,7 @@ mod tests {
     #[test]
     fn an_end_in_the_middle_is_named() {
         let (result, seen) = run(b"HTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 2");
-        assert!(matches!(result, Err(ApiError::Closed { path }) if path == "/b"));
+        assert!(matches!(result, Err(ApiError::Closed { path, .. }) if path == "/b"));
         assert_eq!(seen, [0]);
     }
 

@@ -3,89 +3,109 @@
 use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use belljar_node::assets::Assets;
 use belljar_node::drive::DriveSpec;
 use belljar_node::ending::{Ended, Meaning, signal_name};
 use belljar_node::exec::{ExecSpec, Outcome, Streams, exec};
-use belljar_node::sandbox::{BootError, GuestSpec, Limits, Programs, Sandbox};
+use belljar_node::sandbox::{BootError, Limits, Sandbox};
 use belljar_node::stages::Stages;
 use belljar_node::state::StateRoot;
 use belljar_node::sys::{SIGHUP, SIGINT, SIGTERM, SignalFd};
-use belljar_node::{AGENT_PORT, End, cpu};
+use belljar_node::{AGENT_PORT, End};
 
 use crate::OURS;
-use crate::arguments::Run;
+use crate::failure::{Failure, status_of};
+use crate::options::{BootOptions, GuestOptions, MachineOptions, connect_deadline};
 use crate::report;
+use crate::values;
 
-/// A guest that is up answers a connection within this time.
-const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+/// Boot a fresh guest and run a command in it
+///
+/// Output and exit status are the command's. Nothing is left behind, whatever happens.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  belljar run -- sh -c 'ls / | wc -l'            a pipeline needs a shell
+  echo hello | belljar run -i -- tr a-z A-Z      -i passes standard input on
+  belljar run --memory 1G --cpus 2 -- make -j2
+  belljar run --drive data.img:ro -- mount -o ro /dev/vdc /mnt
+  belljar run --timeout 10s -- ./might-hang      exit status 124 after ten seconds
+  belljar run --boot-time -- true                what booting took, by stages
+
+Ctrl-C sends SIGINT to the command in the guest; the second one kills it; the third one
+gives up waiting and removes the guest.
+
+Exit status: the command's own; 128+n if a signal ended it; 124 for --timeout;
+126 not executable; 127 not found; 125 if Bell Jar itself failed.")]
+pub(crate) struct Args {
+    /// Program and its arguments; no shell is involved
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<OsString>,
+
+    /// Pass standard input on to the command
+    #[arg(short, long)]
+    pub(crate) interactive: bool,
+
+    /// Set a variable in the command's environment; NAME alone copies it from here
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    env: Vec<OsString>,
+
+    /// Directory the command starts in
+    #[arg(short, long, value_name = "DIR")]
+    workdir: Option<OsString>,
+
+    /// User the command runs as: a name or number of the guest, with a group if given
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    user: Option<String>,
+
+    /// End the command after this time: 30s, 5m, 1h, 500ms
+    #[arg(long, value_name = "TIME", value_parser = values::time)]
+    timeout: Option<Duration>,
+
+    #[command(flatten)]
+    guest: GuestOptions,
+
+    #[command(flatten)]
+    machine: MachineOptions,
+
+    #[command(flatten)]
+    boot: BootOptions,
+
+    /// Print the boot time and its stages on standard error
+    #[arg(
+        short = 'v',
+        long,
+        visible_alias = "stages",
+        help_heading = "This machine"
+    )]
+    pub(crate) boot_time: bool,
+}
+
 /// A guest with writable drives of the user may take this long to write back.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(20);
 /// How long the record of a VMM's end may take after its connections broke.
 const END_LIMIT: Duration = Duration::from_secs(2);
 
 /// Returns the exit status.
-pub(crate) fn run(options: &Run, begin: Instant) -> u8 {
+pub(crate) fn run(options: &Args, begin: Instant) -> u8 {
     let mut stages = Stages::new(begin);
-    let status = match boot_and_exec(options, &mut stages) {
-        Ok(status) => status,
-        Err(Failure::Boot(error)) => {
-            report::boot_failure(&error);
-            OURS
-        }
-        Err(Failure::Other {
-            status,
-            message,
-            remedy,
-        }) => {
-            report::failure(&message, remedy.as_deref());
-            status
-        }
-    };
+    let status = status_of(boot_and_exec(options, &mut stages));
     if options.boot_time {
         report::stages(&stages);
     }
     status
 }
 
-enum Failure {
-    Boot(BootError),
-    Other {
-        status: u8,
-        message: String,
-        remedy: Option<String>,
-    },
-}
-
-impl<E: Into<BootError>> From<E> for Failure {
-    fn from(error: E) -> Self {
-        Self::Boot(error.into())
-    }
-}
-
-fn ours(message: impl std::fmt::Display) -> Failure {
-    Failure::Other {
-        status: OURS,
-        message: format!("{message}"),
-        remedy: None,
-    }
-}
-
-fn boot_and_exec(options: &Run, stages: &mut Stages) -> Result<u8, Failure> {
-    let signals = SignalFd::new(&[SIGINT, SIGTERM, SIGHUP]).map_err(ours)?;
+fn boot_and_exec(options: &Args, stages: &mut Stages) -> Result<u8, Failure> {
+    let signals = SignalFd::new(&[SIGINT, SIGTERM, SIGHUP]).map_err(Failure::new)?;
     let root = StateRoot::locate()?;
-    let guest = guest_spec(options)?;
+    let guest = options.guest.spec(&options.machine)?;
     let limits = Limits {
-        boot: options.boot_timeout.unwrap_or_else(default_boot_limit),
+        boot: options.boot.limit(),
         cancel: Some(signals.as_fd()),
     };
-    let programs = Programs {
-        supervisor: PathBuf::from("/proc/self/exe"),
-        vmm: vmm_program(options.vmm.as_deref()),
-    };
+    let programs = options.machine.programs();
     let mut sandbox = match Sandbox::boot(&root, &programs, &guest, limits, stages) {
         Err(error @ BootError::Cancelled) => return Err(cancelled(&error, &signals)),
         other => other?,
@@ -97,8 +117,9 @@ fn boot_and_exec(options: &Run, stages: &mut Stages) -> Result<u8, Failure> {
         // The guest may have gone while the command ran: then its end is what to tell.
         Err(failure) => return Err(gone(&mut sandbox).unwrap_or(failure)),
         Ok(Outcome::Ended(how)) if is_lost(&how) => {
-            return Err(gone(&mut sandbox)
-                .unwrap_or_else(|| ours(format!("the end of the command is not known: {how:?}"))));
+            return Err(gone(&mut sandbox).unwrap_or_else(|| {
+                Failure::new(format!("the end of the command is not known: {how:?}"))
+            }));
         }
         Ok(outcome) => outcome,
     };
@@ -106,6 +127,7 @@ fn boot_and_exec(options: &Run, stages: &mut Stages) -> Result<u8, Failure> {
     let given_up = matches!(outcome, Outcome::GivenUp(_));
     let unsaved = !given_up
         && options
+            .guest
             .drive
             .iter()
             .any(|drive: &DriveSpec| !drive.read_only);
@@ -148,10 +170,10 @@ fn is_lost(how: &End) -> bool {
     matches!(how, End::Lost(_))
 }
 
-fn exec_in(sandbox: &Sandbox, options: &Run, signals: &SignalFd) -> Result<Outcome, Failure> {
+fn exec_in(sandbox: &Sandbox, options: &Args, signals: &SignalFd) -> Result<Outcome, Failure> {
     let stream = sandbox
-        .connect(AGENT_PORT, Instant::now() + CONNECT_LIMIT)
-        .map_err(ours)?;
+        .connect(AGENT_PORT, connect_deadline())
+        .map_err(Failure::new)?;
     let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
     let streams = Streams {
         stdin: options.interactive.then(|| stdin.as_fd()),
@@ -207,21 +229,7 @@ fn end_remedy(ended: &Ended) -> String {
     }
 }
 
-fn guest_spec(options: &Run) -> Result<GuestSpec, Failure> {
-    Ok(GuestSpec {
-        assets: Assets::locate(options.assets.as_deref())?,
-        kernel: options.kernel.clone(),
-        initramfs: options.initramfs.clone(),
-        image: options.image.clone().unwrap_or_default(),
-        disk: options.disk.clone().unwrap_or_default(),
-        drives: options.drive.clone(),
-        vcpus: options.cpus,
-        memory: options.memory,
-        boot_args: options.boot_args.clone(),
-    })
-}
-
-fn exec_spec(options: &Run) -> ExecSpec {
+fn exec_spec(options: &Args) -> ExecSpec {
     let bytes = |text: &OsString| text.as_bytes().to_vec();
     ExecSpec {
         argv: options.command.iter().map(bytes).collect(),
@@ -241,23 +249,6 @@ fn variable(text: &OsString) -> Option<Vec<u8>> {
         setting.extend_from_slice(value.as_bytes());
     }
     Some(setting)
-}
-
-/// The program named, or `belljar-vmm` beside this one.
-pub(crate) fn vmm_program(named: Option<&Path>) -> PathBuf {
-    named.map_or_else(
-        || {
-            let beside = std::env::current_exe().unwrap_or_default();
-            beside.with_file_name("belljar-vmm")
-        },
-        // The VMM runs in the sandbox's directory.
-        |path| std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf()),
-    )
-}
-
-/// A virtual machine in a virtual machine boots slowly.
-fn default_boot_limit() -> Duration {
-    Duration::from_secs(if cpu::is_virtual() { 60 } else { 30 })
 }
 
 #[cfg(test)]

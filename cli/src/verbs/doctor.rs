@@ -1,40 +1,40 @@
 //! `belljar doctor`.
 
 use std::fmt::Write as _;
-use std::io::{IsTerminal, Write as _, stdout};
-use std::path::PathBuf;
 
 use belljar_node::assets::Assets;
 use belljar_node::doctor::{Check, Verdict, examine, has_failures};
-use belljar_node::sandbox::Programs;
 use belljar_node::state::StateRoot;
 
-use crate::arguments::{Doctor, Format};
-use crate::run::vmm_program;
+use crate::options::MachineOptions;
+use crate::output::{self, Format, OutputOption};
+
+/// Check this machine, and say what to do about each thing that is missing
+///
+/// Exit status 1 if a check failed.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Remove what crashed sandboxes left behind
+    #[arg(long)]
+    clean: bool,
+
+    #[command(flatten)]
+    output: OutputOption,
+
+    #[command(flatten)]
+    machine: MachineOptions,
+}
 
 /// Returns the exit status.
-pub(crate) fn doctor(options: &Doctor) -> u8 {
-    let programs = Programs {
-        supervisor: PathBuf::from("/proc/self/exe"),
-        vmm: vmm_program(options.vmm.as_deref()),
-    };
-    let assets = Assets::locate(options.assets.as_deref());
-    let checks = examine(assets, StateRoot::locate(), &programs, options.clean);
-    let terminal = stdout().is_terminal();
-    let format = options.output.unwrap_or(if terminal {
-        Format::Table
-    } else {
-        Format::Json
-    });
-    let text = match format {
-        Format::Table => {
-            let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-            table(&checks, terminal && !no_color)
-        }
+pub(crate) fn doctor(args: &Args) -> u8 {
+    let programs = args.machine.programs();
+    let assets = Assets::locate(args.machine.assets.as_deref());
+    let checks = examine(assets, StateRoot::locate(), &programs, args.clean);
+    let text = match args.output.format() {
+        Format::Table => table(&checks, output::has_colour()),
         Format::Json => json(&checks),
     };
-    // Nobody to tell if standard output is closed; the status still counts.
-    let _ = stdout().write_all(text.as_bytes());
+    output::print(&text);
     u8::from(has_failures(&checks))
 }
 

@@ -1,0 +1,93 @@
+//! What ends a verb early: one readable line, what to do about it, and an exit status.
+
+use belljar_node::registry::{ConnectError, FindError};
+use belljar_node::sandbox::BootError;
+use belljar_node::state::StateError;
+
+use crate::OURS;
+use crate::report;
+
+/// Why a verb did not do what it was asked to.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// A boot has more to quote than a line.
+    Boot(BootError),
+    Other {
+        status: u8,
+        message: String,
+        remedy: Option<String>,
+    },
+}
+
+impl Failure {
+    /// A failure of ours.
+    pub(crate) fn new(message: impl std::fmt::Display) -> Self {
+        Self::Other {
+            status: OURS,
+            message: message.to_string(),
+            remedy: None,
+        }
+    }
+
+    /// A failure of ours that something can be done about.
+    pub(crate) fn with_remedy(message: impl std::fmt::Display, remedy: impl Into<String>) -> Self {
+        Self::Other {
+            status: OURS,
+            message: message.to_string(),
+            remedy: Some(remedy.into()),
+        }
+    }
+
+    /// Prints it. Returns the exit status.
+    pub(crate) fn tell(&self) -> u8 {
+        match self {
+            Self::Boot(error) => {
+                report::boot_failure(error);
+                OURS
+            }
+            Self::Other {
+                status,
+                message,
+                remedy,
+            } => {
+                report::failure(message, remedy.as_deref());
+                *status
+            }
+        }
+    }
+}
+
+/// The exit status of a verb; a failure is told.
+pub(crate) fn status_of(outcome: Result<u8, Failure>) -> u8 {
+    outcome.unwrap_or_else(|failure| failure.tell())
+}
+
+impl From<BootError> for Failure {
+    fn from(error: BootError) -> Self {
+        Self::Boot(error)
+    }
+}
+
+impl From<FindError> for Failure {
+    fn from(error: FindError) -> Self {
+        Self::with_remedy(&error, error.remedy())
+    }
+}
+
+impl From<ConnectError> for Failure {
+    fn from(error: ConnectError) -> Self {
+        Self::with_remedy(&error, error.remedy())
+    }
+}
+
+impl From<StateError> for Failure {
+    fn from(error: StateError) -> Self {
+        Self::with_remedy(&error, "'belljar doctor' checks the state directory")
+    }
+}
+
+impl From<belljar_node::assets::AssetError> for Failure {
+    fn from(error: belljar_node::assets::AssetError) -> Self {
+        Self::Boot(error.into())
+    }
+}

@@ -1,0 +1,152 @@
+//! Options that several verbs share.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use belljar_node::assets::Assets;
+use belljar_node::cpu;
+use belljar_node::drive::DriveSpec;
+use belljar_node::registry::{self, Found};
+use belljar_node::sandbox::{DiskChoice, GuestSpec, ImageChoice, Programs};
+use belljar_node::size::Size;
+use belljar_node::state::StateRoot;
+use clap::Args;
+
+use crate::failure::Failure;
+use crate::values;
+
+/// A guest that is up answers a connection within this time.
+pub(crate) const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+
+/// The argument of verbs that work on one sandbox.
+#[derive(Debug, Args)]
+pub(crate) struct BoxArg {
+    /// Id or name of the sandbox, or the beginning of either
+    #[arg(value_name = "BOX")]
+    pub(crate) sandbox: String,
+}
+
+#[allow(dead_code)] // Used by the verbs that are about to come.
+impl BoxArg {
+    /// The sandbox that is meant.
+    pub(crate) fn find(&self) -> Result<Found, Failure> {
+        find(&self.sandbox)
+    }
+}
+
+/// The sandbox that a word means.
+pub(crate) fn find(word: &str) -> Result<Found, Failure> {
+    Ok(registry::find(&StateRoot::locate()?, word)?)
+}
+
+/// When a connection to a guest that is up is given up.
+pub(crate) fn connect_deadline() -> Instant {
+    Instant::now() + CONNECT_LIMIT
+}
+
+/// What a guest is made of.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "The guest")]
+pub(crate) struct GuestOptions {
+    /// Number of virtual processors, 1 to 32
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=32))]
+    pub(crate) cpus: u32,
+
+    /// Memory of the guest: 128M, 2G
+    #[arg(short, long, value_name = "SIZE", default_value = "256M")]
+    pub(crate) memory: Size,
+
+    /// Size of the writable disk that goes away with the sandbox; 'none' keeps what is written in memory
+    /// [default: 1G]
+    #[arg(long, value_name = "SIZE", value_parser = values::disk)]
+    pub(crate) disk: Option<DiskChoice>,
+
+    /// Add a drive: a raw disk image or block device
+    #[arg(long, value_name = "PATH[:ro][:id=NAME]")]
+    pub(crate) drive: Vec<DriveSpec>,
+
+    /// Root file system, an EROFS image; 'none' runs commands in the initramfs
+    #[arg(long, value_name = "FILE", value_parser = values::image)]
+    pub(crate) image: Option<ImageChoice>,
+
+    /// Kernel: an x86-64 vmlinux or bzImage
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: Option<PathBuf>,
+
+    /// Initramfs that holds the agent
+    #[arg(long, value_name = "FILE")]
+    pub(crate) initramfs: Option<PathBuf>,
+
+    /// Words to add to the kernel's command line
+    #[arg(long, value_name = "WORDS")]
+    pub(crate) boot_args: Option<String>,
+}
+
+impl GuestOptions {
+    /// As the node wants it.
+    pub(crate) fn spec(&self, machine: &MachineOptions) -> Result<GuestSpec, Failure> {
+        Ok(GuestSpec {
+            assets: Assets::locate(machine.assets.as_deref())?,
+            kernel: self.kernel.clone(),
+            initramfs: self.initramfs.clone(),
+            image: self.image.clone().unwrap_or_default(),
+            disk: self.disk.clone().unwrap_or_default(),
+            drives: self.drive.clone(),
+            vcpus: self.cpus,
+            memory: self.memory,
+            boot_args: self.boot_args.clone(),
+        })
+    }
+}
+
+/// Where things are on this machine.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "This machine")]
+pub(crate) struct MachineOptions {
+    /// Directory with kernel, initramfs, image and disks [default: the cache that 'make' fills]
+    #[arg(long, value_name = "DIR", env = "BELLJAR_ASSETS")]
+    pub(crate) assets: Option<PathBuf>,
+
+    /// The VMM's program [default: belljar-vmm beside this one]
+    #[arg(long, value_name = "FILE", env = "BELLJAR_VMM")]
+    pub(crate) vmm: Option<PathBuf>,
+}
+
+impl MachineOptions {
+    /// The programs that make a sandbox.
+    pub(crate) fn programs(&self) -> Programs {
+        Programs {
+            supervisor: PathBuf::from("/proc/self/exe"),
+            vmm: vmm_program(self.vmm.as_deref()),
+        }
+    }
+}
+
+/// How long a guest may take to boot.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "This machine")]
+pub(crate) struct BootOptions {
+    /// Give up on a guest that is not up after this time [default: 30s; 60s inside another virtual machine]
+    #[arg(long, value_name = "TIME", value_parser = values::time, env = "BELLJAR_BOOT_TIMEOUT")]
+    boot_timeout: Option<Duration>,
+}
+
+impl BootOptions {
+    pub(crate) fn limit(&self) -> Duration {
+        // A virtual machine in a virtual machine boots slowly.
+        let default = || Duration::from_secs(if cpu::is_virtual() { 60 } else { 30 });
+        self.boot_timeout.unwrap_or_else(default)
+    }
+}
+
+/// The program named, or `belljar-vmm` beside this one.
+fn vmm_program(named: Option<&Path>) -> PathBuf {
+    named.map_or_else(
+        || {
+            let beside = std::env::current_exe().unwrap_or_default();
+            beside.with_file_name("belljar-vmm")
+        },
+        // The VMM runs in the sandbox's directory.
+        |path| std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf()),
+    )
+}

@@ -1,0 +1,129 @@
+//! How values are written on the command line: times, disks, images, labels.
+
+use std::time::Duration;
+
+use belljar_node::sandbox::{DiskChoice, ImageChoice};
+
+/// A disk's size, or none.
+pub(crate) fn disk(text: &str) -> Result<DiskChoice, String> {
+    if text == "none" {
+        return Ok(DiskChoice::None);
+    }
+    text.parse()
+        .map(DiskChoice::Size)
+        .map_err(|error: belljar_node::size::SizeError| error.to_string())
+}
+
+/// An image's path, or none.
+#[allow(clippy::unnecessary_wraps)] // The shape clap wants.
+pub(crate) fn image(text: &str) -> Result<ImageChoice, String> {
+    Ok(if text == "none" {
+        ImageChoice::None
+    } else {
+        ImageChoice::Path(text.into())
+    })
+}
+
+/// `500ms`, `30s`, `5m`, `1h`, or seconds without a suffix; fractions are allowed.
+pub(crate) fn time(text: &str) -> Result<Duration, String> {
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(text.len());
+    let (number, suffix) = text.split_at(digits);
+    let unit = match suffix {
+        "ms" => 0.001,
+        "" | "s" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        _ => return Err("write for example 500ms, 30s, 5m or 1h".into()),
+    };
+    let number: f64 = number
+        .parse()
+        .map_err(|_| "write for example 500ms, 30s, 5m or 1h".to_owned())?;
+    let seconds = number * unit;
+    if seconds <= 0.0 {
+        return Err("the time must be longer than nothing".into());
+    }
+    // Ten years: more is no limit.
+    if seconds > 3.2e8 {
+        return Err("the time is too long".into());
+    }
+    Ok(Duration::from_secs_f64(seconds))
+}
+
+/// A label with its value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Label {
+    pub(crate) key: String,
+    /// `None`, where labels are asked for: any value.
+    pub(crate) value: Option<String>,
+}
+
+/// Longest key or value of a label.
+const LABEL_MAX: usize = 256;
+
+/// `KEY=VALUE`, or `KEY`.
+pub(crate) fn label(text: &str) -> Result<Label, String> {
+    let (key, value) = match text.split_once('=') {
+        Some((key, value)) => (key, Some(value.to_owned())),
+        None => (text, None),
+    };
+    let too_long = |text: &str| text.len() > LABEL_MAX;
+    if key.is_empty() || too_long(key) || value.as_deref().is_some_and(too_long) {
+        return Err(format!(
+            "write KEY=VALUE, each at most {LABEL_MAX} bytes long"
+        ));
+    }
+    if text.chars().any(char::is_control) {
+        return Err("a label has no control characters".into());
+    }
+    Ok(Label {
+        key: key.to_owned(),
+        value,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use belljar_node::size::Size;
+
+    #[test]
+    fn times_are_read() {
+        assert_eq!(time("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(time("1.5"), Ok(Duration::from_millis(1500)));
+        assert_eq!(time("2m"), Ok(Duration::from_secs(120)));
+        for text in [
+            "",
+            "s",
+            "-1",
+            "0",
+            "1d",
+            "1.2.3",
+            "99999999999h",
+            "nan",
+            "1e9",
+        ] {
+            assert!(time(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn none_is_a_choice() {
+        assert_eq!(disk("none"), Ok(DiskChoice::None));
+        assert_eq!(disk("2G"), Ok(DiskChoice::Size(Size(2 << 30))));
+        assert!(disk("big").is_err());
+        assert_eq!(image("none"), Ok(ImageChoice::None));
+    }
+
+    #[test]
+    fn labels_have_a_key() {
+        let of = |text| label(text).map(|label| (label.key, label.value));
+        assert_eq!(of("a=b=c"), Ok(("a".into(), Some("b=c".into()))));
+        assert_eq!(of("a="), Ok(("a".into(), Some(String::new()))));
+        assert_eq!(of("a"), Ok(("a".into(), None)));
+        for text in ["", "=x", "a=\x1b[2J", &"x".repeat(257)] {
+            assert!(of(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,6 @@
+//! One file a verb: its arguments, and the function that carries it out and returns the exit status.
+
+pub(crate) mod doctor;
+pub(crate) mod inspect;
+pub(crate) mod ls;
+pub(crate) mod run;
