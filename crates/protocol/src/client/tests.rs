@@ -157,3 +157,37 @@ fn an_oversized_frame_is_an_error() {
     let error = ping(agent(vec![0xff, 0xff, 0xff, 0x7f]), soon()).unwrap_err();
     assert!(matches!(error, CallError::Frame { .. }), "{error}");
 }
+
+#[test]
+fn an_agent_that_does_not_know_a_call_is_named_by_its_generation() {
+    let error = v1::Error {
+        code: v1::error::Code::Unimplemented.into(),
+        ..v1::Error::default()
+    };
+    let refused = process::list(agent(reply(Answer::Error(error))), true, soon()).unwrap_err();
+    assert!(refused.to_string().contains("generation 7"), "{refused}");
+}
+
+#[test]
+fn waiting_tells_a_limit_from_an_end() {
+    let by_name = v1::ProcessRef {
+        r#ref: Some(v1::process_ref::Ref::Name("job".to_owned())),
+    };
+    let late = v1::Error {
+        code: v1::error::Code::Deadline.into(),
+        ..v1::Error::default()
+    };
+    let limit = Some(Duration::from_secs(1));
+    let got = process::wait(agent(reply(Answer::Error(late))), by_name.clone(), limit).unwrap();
+    assert_eq!(got, None);
+    let info = v1::ProcessInfo {
+        id: 3,
+        ..v1::ProcessInfo::default()
+    };
+    let bytes = reply(Answer::WaitEnd(info.clone()));
+    let got = process::wait(agent(bytes), by_name.clone(), limit).unwrap();
+    assert_eq!(got, Some(info));
+    let bytes = reply(Answer::Forget(v1::Forgotten {}));
+    let wrong = process::wait(agent(bytes), by_name, limit).unwrap_err();
+    assert!(matches!(wrong, CallError::Unexpected(_)), "{wrong}");
+}
