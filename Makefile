@@ -22,8 +22,9 @@ bench: setup ## measure boot, vsock, block and memory on the instruction-counted
 soak: setup ## end-to-end tests again and again: make soak SECONDS=3600
 	@scripts/soak $(or $(SECONDS),3600)
 
-fuzz: setup ## property tests with many more cases than `make test` takes: make fuzz CASES=20000
-	PROPTEST_CASES=$(or $(CASES),20000) cargo test --release --workspace
+fuzz: setup ## coverage-guided fuzzing, then property tests with many cases: make fuzz SECONDS=60 CASES=20000
+	@scripts/fuzz $(or $(SECONDS),60)
+	PROPTEST_CASES=$(or $(CASES),20000) cargo test --release --workspace --exclude belljar-e2e
 
 verify-hw: ## the same tests on hardware virtualisation, and which CPU it was
 	@scripts/verify-hw
