@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use belljar_protocol::v1::{self, error::Code, reply::Result as Answer, request::Call};
 
 use super::conn::Conn;
-use super::{Answered, Context, Outcome, refusal};
+use super::{Answered, Context, Outcome, ports, refusal};
 
 /// Carries out a call, up to the end of its stream if it has one.
 pub(super) fn answer(context: &Context, conn: &mut Conn, request: v1::Request) -> Answered {
@@ -15,10 +15,11 @@ pub(super) fn answer(context: &Context, conn: &mut Conn, request: v1::Request) -
     if is_activity(&call) {
         context.touch();
     }
-    let _ = conn;
     match call {
         Call::Ping(_) => Ok(Outcome::Reply(Answer::Pong(pong(context)))),
         Call::Touch(_) => Ok(Outcome::Reply(Answer::Touch(v1::Touched {}))),
+        Call::Connect(call) => ports::connect(context, conn, call),
+        Call::ListPorts(_) => ports::list(),
         _ => Err(unknown().into()),
     }
 }
@@ -32,6 +33,7 @@ const fn is_activity(call: &Call) -> bool {
             | Call::Events(_)
             | Call::ListProcesses(_)
             | Call::Inspect(_)
+            | Call::ListPorts(_)
     )
 }
 

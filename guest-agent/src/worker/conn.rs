@@ -162,6 +162,18 @@ impl Conn {
         let unread = self.buffer.get(self.unread).unwrap_or_default().to_vec();
         (self.fd, unread)
     }
+
+    /// Bytes that were read already and belong to no frame: what follows a `connect` is raw.
+    pub(crate) fn take_unread(&mut self) -> Vec<u8> {
+        let unread = self
+            .buffer
+            .get(self.unread.clone())
+            .unwrap_or_default()
+            .to_vec();
+        self.buffer = Vec::new();
+        self.unread = 0..0;
+        unread
+    }
 }
 
 /// Sends all bytes on a blocking socket.

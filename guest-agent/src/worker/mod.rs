@@ -6,6 +6,8 @@
 
 mod calls;
 mod conn;
+mod ports;
+mod procfs;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};

@@ -44,11 +44,20 @@ impl Agent {
         Some(Self::start_in(Some(cgroup)))
     }
 
+    /// With the calls that need no other process.
+    pub fn start_worker() -> Self {
+        Self::start_as("--serve-worker", None)
+    }
+
     fn start_in(cgroup: Option<PathBuf>) -> Self {
+        Self::start_as("--serve-unix", cgroup)
+    }
+
+    fn start_as(mode: &str, cgroup: Option<PathBuf>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("agent");
         let mut command = Command::new(env!("CARGO_BIN_EXE_belljar-agent"));
-        command.arg("--serve-unix").arg(&path).stdin(Stdio::null());
+        command.arg(mode).arg(&path).stdin(Stdio::null());
         if let Some(cgroup) = &cgroup {
             command.arg("--cgroup").arg(cgroup);
         }

@@ -4,7 +4,10 @@
 //! panics, and a stream that ends early is told as such.
 
 mod exec;
+pub mod ports;
 pub mod process;
+pub mod system;
+pub mod watch;
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
