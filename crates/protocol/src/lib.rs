@@ -1,12 +1,13 @@
 //! Messages, framing and client between the host and the agent in the guest.
 //!
 //! The protocol itself is written down in `proto/belljar/agent/v1/agent.proto` and in
-//! `docs/agent-protocol.md`. [`frame`] is the pure part that both sides share, [`client`] the
-//! host's side of a call, [`hybrid`] the way to a guest's vsock port through its VMM.
+//! `docs/agent-protocol.md`. [`frame`] and [`transfer`] are the pure part that both sides share,
+//! [`client`] the host's side of a call, [`hybrid`] the way to a guest's vsock port through its VMM.
 
 pub mod client;
 pub mod frame;
 pub mod hybrid;
+pub mod transfer;
 
 /// The generated message types of `belljar.agent.v1`.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]

@@ -4,6 +4,7 @@
 //! panics, and a stream that ends early is told as such.
 
 mod exec;
+pub mod files;
 pub mod ports;
 pub mod process;
 pub mod system;
@@ -110,6 +111,14 @@ pub enum CallError {
         /// What was wrong.
         source: FrameError,
     },
+    /// The pieces of a file or tree make no sense.
+    #[error("the agent broke the protocol ({doing}): {source}")]
+    Transfer {
+        /// What was waited for.
+        doing: &'static str,
+        /// What was wrong.
+        source: crate::transfer::TransferError,
+    },
     /// The frame holds no such message.
     #[error("the agent broke the protocol ({doing}): {source}")]
     Decode {
@@ -145,6 +154,16 @@ pub enum CallError {
     /// A reply that does not belong to the call.
     #[error("the agent answered {0} with something else")]
     Unexpected(&'static str),
+}
+
+impl From<v1::Error> for CallError {
+    fn from(error: v1::Error) -> Self {
+        Self::Refused {
+            code: error.code(),
+            message: error.message,
+            errno: error.errno,
+        }
+    }
 }
 
 /// What every reply says about the agent.
@@ -294,11 +313,7 @@ impl<S: Stream> Connection<S> {
                     generation: info.generation,
                 })
             }
-            Some(v1::reply::Result::Error(error)) => Err(CallError::Refused {
-                code: error.code(),
-                message: error.message,
-                errno: error.errno,
-            }),
+            Some(v1::reply::Result::Error(error)) => Err(error.into()),
             Some(v1::reply::Result::SpawnFailure(failure)) => Err(CallError::SpawnFailed(failure)),
             Some(result) => Ok((info, result)),
             None => Err(CallError::Unexpected(doing)),
