@@ -204,7 +204,7 @@ pub(crate) fn host_seeds() -> Vec<Vec<u8>> {
     let chunks = [
         chunk(v1::file_chunk::Piece::Data(vec![0; 700])),
         chunk(v1::file_chunk::Piece::Hole(u64::MAX)),
-        chunk(v1::file_chunk::Piece::End(v1::TransferEnd {})),
+        chunk(v1::file_chunk::Piece::End(v1::TransferEnd::default())),
     ];
     vec![
         reply(Answer::Pong(v1::Pong {
