@@ -31,7 +31,13 @@ pub(crate) struct Cli {
 #[command(defer = true)]
 pub(crate) enum Verb {
     Run(Box<verbs::run::Args>),
+    Create(Box<verbs::create::Args>),
+    Start(verbs::start::Args),
+    Stop(verbs::stop::Args),
+    Rm(verbs::rm::Args),
     Ls(verbs::ls::Args),
+    Pause(verbs::pause::Pause),
+    Resume(verbs::pause::Resume),
     Inspect(verbs::inspect::Args),
     Doctor(verbs::doctor::Args),
     /// Describe belljar, or one of its verbs
@@ -46,6 +52,12 @@ impl Verb {
     pub(crate) fn carry_out(&self, begin: std::time::Instant) -> u8 {
         match self {
             Self::Run(args) => verbs::run::run(args, begin),
+            Self::Create(args) => verbs::create::create(args),
+            Self::Start(args) => verbs::start::start(args),
+            Self::Stop(args) => verbs::stop::stop(args),
+            Self::Rm(args) => verbs::rm::rm(args),
+            Self::Pause(args) => verbs::pause::pause(args),
+            Self::Resume(args) => verbs::pause::resume(args),
             Self::Ls(args) => verbs::ls::ls(args),
             Self::Inspect(args) => verbs::inspect::inspect(args),
             Self::Doctor(args) => verbs::doctor::doctor(args),
@@ -177,8 +189,16 @@ mod tests {
         };
         assert_eq!(run.command, ["ls", "--help", "-v"]);
         assert!(run.interactive && !run.boot_time);
-        assert!(Cli::try_parse_from(["belljar", "run"]).is_err());
-        assert!(Cli::try_parse_from(["belljar", "run", "--cpus", "33", "--", "x"]).is_err());
-        assert!(Cli::try_parse_from(["belljar", "run", "--cpus", "0", "--", "x"]).is_err());
+        for wrong in [
+            &["run"][..],
+            &["run", "--cpus", "33", "--", "x"],
+            &["run", "--cpus", "0", "--", "x"],
+            &["rm"],
+            &["rm", "--all", "x"],
+            &["create", "--name", "a b"],
+        ] {
+            let words = ["belljar"].iter().chain(wrong);
+            assert!(Cli::try_parse_from(words).is_err(), "{wrong:?}");
+        }
     }
 }

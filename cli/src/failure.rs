@@ -1,6 +1,7 @@
 //! What ends a verb early: one readable line, what to do about it, and an exit status.
 
-use belljar_node::registry::{ConnectError, FindError};
+use belljar_node::lifecycle::{LifeError, StartError};
+use belljar_node::registry::{ConnectError, FindError, Found};
 use belljar_node::sandbox::BootError;
 use belljar_node::state::StateError;
 
@@ -60,6 +61,40 @@ impl Failure {
 /// The exit status of a verb; a failure is told.
 pub(crate) fn status_of(outcome: Result<u8, Failure>) -> u8 {
     outcome.unwrap_or_else(|failure| failure.tell())
+}
+
+/// Does something to each of several sandboxes: a failure with one is told, and does not keep the others
+/// waiting. The exit status is that of the last failure.
+pub(crate) fn each(
+    found: Result<Vec<Found>, Failure>,
+    mut act: impl FnMut(&Found) -> Result<(), Failure>,
+) -> u8 {
+    let found = match found {
+        Ok(found) => found,
+        Err(failure) => return failure.tell(),
+    };
+    let failed = found.iter().filter_map(|found| act(found).err());
+    failed.fold(0, |_, failure| failure.tell())
+}
+
+impl From<LifeError> for Failure {
+    fn from(error: LifeError) -> Self {
+        let remedy = error.remedy();
+        Self::Other {
+            status: OURS,
+            message: error.to_string(),
+            remedy,
+        }
+    }
+}
+
+impl From<StartError> for Failure {
+    fn from(error: StartError) -> Self {
+        match error {
+            StartError::Life(error) => error.into(),
+            StartError::Boot(error) => error.into(),
+        }
+    }
 }
 
 impl From<BootError> for Failure {

@@ -6,14 +6,15 @@ use std::time::{Duration, Instant};
 use belljar_node::assets::Assets;
 use belljar_node::cpu;
 use belljar_node::drive::DriveSpec;
-use belljar_node::registry::{self, Found};
-use belljar_node::sandbox::{DiskChoice, GuestSpec, ImageChoice, Programs};
+use belljar_node::registry::{self, Found, Listed};
+use belljar_node::sandbox::{DiskChoice, GuestSpec, ImageChoice, NewSandbox, Programs};
 use belljar_node::size::Size;
 use belljar_node::state::StateRoot;
+use belljar_node::state::spec::Life;
 use clap::Args;
 
 use crate::failure::Failure;
-use crate::values;
+use crate::values::{self, Cpus, Label};
 
 /// A guest that is up answers a connection within this time.
 pub(crate) const CONNECT_LIMIT: Duration = Duration::from_secs(10);
@@ -44,13 +45,87 @@ pub(crate) fn connect_deadline() -> Instant {
     Instant::now() + CONNECT_LIMIT
 }
 
+/// The sandboxes that a verb works on: named, or all of a kind.
+#[derive(Debug, Args)]
+pub(crate) struct Selection {
+    /// Ids or names of sandboxes, or the beginnings of either
+    #[arg(
+        value_name = "BOX",
+        required_unless_present_any = ["all", "label"],
+        conflicts_with_all = ["all", "label"]
+    )]
+    sandboxes: Vec<String>,
+
+    /// All sandboxes that this can be done to
+    #[arg(long)]
+    all: bool,
+
+    /// All of these that have the label; several must all be there
+    #[arg(short, long, value_name = "KEY[=VALUE]", value_parser = values::label)]
+    label: Vec<Label>,
+}
+
+impl Selection {
+    /// The sandboxes; of those that were not named one by one only those in a fitting state.
+    pub(crate) fn find(&self, fits: impl Fn(&str) -> bool) -> Result<Vec<Found>, Failure> {
+        let root = StateRoot::locate()?;
+        if self.sandboxes.is_empty() {
+            let listed = registry::list(&root)?.into_iter();
+            return Ok(listed
+                .filter(|listed| fits(listed.state.word()) && has_labels(listed, &self.label))
+                .map(|listed| listed.found)
+                .collect());
+        }
+        let words = self.sandboxes.iter();
+        Ok(words
+            .map(|word| registry::find(&root, word))
+            .collect::<Result<_, _>>()?)
+    }
+}
+
+/// Whether all the labels are there.
+pub(crate) fn has_labels(listed: &Listed, labels: &[Label]) -> bool {
+    labels
+        .iter()
+        .all(|label| listed.has_label(&label.key, label.value.as_deref()))
+}
+
+/// What a new sandbox is called.
+#[derive(Debug, Args)]
+pub(crate) struct NameOptions {
+    /// A name that no other sandbox has; a sandbox with a name stays when its guest ends
+    #[arg(short, long, value_parser = values::name)]
+    pub(crate) name: Option<String>,
+
+    /// A label to find it by; may be given several times
+    #[arg(short, long, value_name = "KEY=VALUE", value_parser = values::label)]
+    label: Vec<Label>,
+}
+
+impl NameOptions {
+    /// The sandbox to make.
+    pub(crate) fn describe(&self, life: Life, guest: GuestSpec) -> Result<NewSandbox, Failure> {
+        let labels = self
+            .label
+            .iter()
+            .map(|label| (label.key.clone(), label.value.clone().unwrap_or_default()))
+            .collect();
+        Ok(NewSandbox {
+            name: self.name.clone(),
+            labels,
+            life,
+            guest,
+        })
+    }
+}
+
 /// What a guest is made of.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "The guest")]
 pub(crate) struct GuestOptions {
-    /// Number of virtual processors, 1 to 32
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=32))]
-    pub(crate) cpus: u32,
+    /// Number of virtual processors, 1 to 32; a fraction (0.5, 1.5) also limits the host's CPU time
+    #[arg(long, value_name = "N", default_value = "1", value_parser = values::cpus)]
+    pub(crate) cpus: Cpus,
 
     /// Memory of the guest: 128M, 2G
     #[arg(short, long, value_name = "SIZE", default_value = "256M")]
@@ -92,7 +167,8 @@ impl GuestOptions {
             image: self.image.clone().unwrap_or_default(),
             disk: self.disk.clone().unwrap_or_default(),
             drives: self.drive.clone(),
-            vcpus: self.cpus,
+            vcpus: self.cpus.vcpus,
+            cpu_limit_milli: self.cpus.limit_milli,
             memory: self.memory,
             boot_args: self.boot_args.clone(),
         })

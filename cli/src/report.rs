@@ -16,6 +16,11 @@ pub(crate) fn failure(message: &str, remedy: Option<&str>) {
     print(&text);
 }
 
+/// Prints what the user should know, and need not act upon.
+pub(crate) fn note(message: &str) {
+    print(&format!("{}: {message}\n", paint("belljar", "1;33")));
+}
+
 /// Prints why a boot failed, with the last lines of whoever knows more.
 pub(crate) fn boot_failure(error: &BootError) {
     let mut text = String::new();

@@ -51,6 +51,46 @@ pub(crate) fn time(text: &str) -> Result<Duration, String> {
     Ok(Duration::from_secs_f64(seconds))
 }
 
+/// Virtual processors, and how much of the host's they may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Cpus {
+    pub(crate) vcpus: u32,
+    /// Thousandths of a host CPU; `None`: as much as the vCPUs can.
+    pub(crate) limit_milli: Option<u32>,
+}
+
+/// A number of processors; a fraction is a limit on the next whole number.
+pub(crate) fn cpus(text: &str) -> Result<Cpus, String> {
+    let wrong = || "write a number from 0.01 to 32: 1, 2, 0.5, 1.5".to_owned();
+    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
+    let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+    if whole.is_empty()
+        || whole.len() > 2
+        || fraction.len() > 3
+        || !digits(whole)
+        || !digits(fraction)
+    {
+        return Err(wrong());
+    }
+    let whole: u32 = whole.parse().map_err(|_| wrong())?;
+    let fraction: u32 = format!("{fraction:0<3}").parse().map_err(|_| wrong())?;
+    let milli = whole.saturating_mul(1000).saturating_add(fraction);
+    if !(10..=32_000).contains(&milli) {
+        return Err(wrong());
+    }
+    Ok(Cpus {
+        vcpus: milli.div_ceil(1000),
+        limit_milli: (fraction != 0).then_some(milli),
+    })
+}
+
+/// A name for a sandbox.
+pub(crate) fn name(text: &str) -> Result<String, String> {
+    belljar_node::state::spec::check_name(text)
+        .map(|()| text.to_owned())
+        .map_err(|error| error.to_string())
+}
+
 /// A label with its value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Label {
@@ -114,6 +154,20 @@ mod tests {
         assert_eq!(disk("2G"), Ok(DiskChoice::Size(Size(2 << 30))));
         assert!(disk("big").is_err());
         assert_eq!(image("none"), Ok(ImageChoice::None));
+    }
+
+    #[test]
+    fn a_fraction_of_a_processor_is_a_limit() {
+        let of = |text| cpus(text).map(|cpus| (cpus.vcpus, cpus.limit_milli));
+        assert_eq!(of("2"), Ok((2, None)));
+        assert_eq!(of("2.0"), Ok((2, None)));
+        assert_eq!(of("0.5"), Ok((1, Some(500))));
+        assert_eq!(of("1.25"), Ok((2, Some(1250))));
+        for text in [
+            "", "0", "0.001", "33", "32.5", "-1", "1e1", ".5", "1.2345", "1.+5", "nan",
+        ] {
+            assert!(of(text).is_err(), "{text}");
+        }
     }
 
     #[test]

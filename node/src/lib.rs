@@ -10,6 +10,7 @@ pub mod doctor;
 pub mod drive;
 pub mod ending;
 pub mod exec;
+pub mod lifecycle;
 pub mod poll;
 pub mod registry;
 pub mod sandbox;

@@ -5,6 +5,7 @@ use belljar_node::state::StateRoot;
 use serde_json::{Value, json};
 
 use crate::failure::{Failure, status_of};
+use crate::options::has_labels;
 use crate::output::{self, Format, OutputOption, Table};
 use crate::values::{self, Label};
 
@@ -71,13 +72,6 @@ fn is_wanted(args: &Args, listed: &Listed) -> bool {
         None => args.all || !matches!(listed.state.word(), "stopped" | "created"),
     };
     by_state && has_labels(listed, &args.label)
-}
-
-/// Whether all the labels are there.
-pub(crate) fn has_labels(listed: &Listed, labels: &[Label]) -> bool {
-    labels
-        .iter()
-        .all(|label| listed.has_label(&label.key, label.value.as_deref()))
 }
 
 /// What programs read about one sandbox in a list.

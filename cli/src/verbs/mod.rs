@@ -1,6 +1,11 @@
 //! One file a verb: its arguments, and the function that carries it out and returns the exit status.
 
+pub(crate) mod create;
 pub(crate) mod doctor;
 pub(crate) mod inspect;
 pub(crate) mod ls;
+pub(crate) mod pause;
+pub(crate) mod rm;
 pub(crate) mod run;
+pub(crate) mod start;
+pub(crate) mod stop;

@@ -5,24 +5,26 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::time::{Duration, Instant};
 
-use belljar_node::drive::DriveSpec;
 use belljar_node::ending::{Ended, Meaning, signal_name};
 use belljar_node::exec::{ExecSpec, Outcome, Streams, exec};
 use belljar_node::sandbox::{BootError, Limits, Sandbox};
 use belljar_node::stages::Stages;
 use belljar_node::state::StateRoot;
+use belljar_node::state::spec::Life;
 use belljar_node::sys::{SIGHUP, SIGINT, SIGTERM, SignalFd};
 use belljar_node::{AGENT_PORT, End};
 
 use crate::OURS;
 use crate::failure::{Failure, status_of};
-use crate::options::{BootOptions, GuestOptions, MachineOptions, connect_deadline};
+use crate::options::{BootOptions, GuestOptions, MachineOptions, NameOptions, connect_deadline};
+use crate::output;
 use crate::report;
 use crate::values;
 
 /// Boot a fresh guest and run a command in it
 ///
-/// Output and exit status are the command's. Nothing is left behind, whatever happens.
+/// Output and exit status are the command's. Nothing is left behind, whatever happens, unless the sandbox
+/// is given a name (then it stays, stopped) or -d (then the guest runs on).
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -30,6 +32,7 @@ Examples:
   echo hello | belljar run -i -- tr a-z A-Z      -i passes standard input on
   belljar run --memory 1G --cpus 2 -- make -j2
   belljar run --drive data.img:ro -- mount -o ro /dev/vdc /mnt
+  belljar run -d --name web                      a guest that runs until it is stopped
   belljar run --timeout 10s -- ./might-hang      exit status 124 after ten seconds
   belljar run --boot-time -- true                what booting took, by stages
 
@@ -40,8 +43,23 @@ Exit status: the command's own; 128+n if a signal ended it; 124 for --timeout;
 126 not executable; 127 not found; 125 if Bell Jar itself failed.")]
 pub(crate) struct Args {
     /// Program and its arguments; no shell is involved
-    #[arg(last = true, required = true, value_name = "COMMAND")]
+    #[arg(
+        last = true,
+        required_unless_present = "detach",
+        value_name = "COMMAND"
+    )]
     pub(crate) command: Vec<OsString>,
+
+    /// Print the id of the sandbox, and leave the guest running
+    #[arg(short, long, conflicts_with_all = ["interactive", "timeout"])]
+    detach: bool,
+
+    /// Remove the sandbox at the end even if it has a name
+    #[arg(long)]
+    rm: bool,
+
+    #[command(flatten)]
+    naming: NameOptions,
 
     /// Pass standard input on to the command
     #[arg(short, long)]
@@ -101,16 +119,22 @@ fn boot_and_exec(options: &Args, stages: &mut Stages) -> Result<u8, Failure> {
     let signals = SignalFd::new(&[SIGINT, SIGTERM, SIGHUP]).map_err(Failure::new)?;
     let root = StateRoot::locate()?;
     let guest = options.guest.spec(&options.machine)?;
+    let new = options.naming.describe(life(options), guest)?;
     let limits = Limits {
         boot: options.boot.limit(),
         cancel: Some(signals.as_fd()),
     };
     let programs = options.machine.programs();
-    let mut sandbox = match Sandbox::boot(&root, &programs, &guest, limits, stages) {
+    let mut sandbox = match Sandbox::boot(&root, &programs, &new, limits, stages) {
         Err(error @ BootError::Cancelled) => return Err(cancelled(&error, &signals)),
         other => other?,
     };
 
+    if options.detach {
+        let dir = sandbox.release()?;
+        output::print(&format!("{}\n", dir.id()));
+        return Ok(0);
+    }
     let outcome = exec_in(&sandbox, options, &signals);
     stages.mark("exec");
     let outcome = match outcome {
@@ -125,21 +149,29 @@ fn boot_and_exec(options: &Args, stages: &mut Stages) -> Result<u8, Failure> {
     };
     comment(&outcome);
     let given_up = matches!(outcome, Outcome::GivenUp(_));
-    let unsaved = !given_up
-        && options
-            .guest
-            .drive
-            .iter()
-            .any(|drive: &DriveSpec| !drive.read_only);
+    let drives = &options.guest.drive;
+    let kept = new.life == Life::Persistent || drives.iter().any(|drive| !drive.read_only);
+    let unsaved = kept && !given_up;
     if unsaved && !matches!(sandbox.shut_down(SHUTDOWN_LIMIT), Ok(Some(_))) {
         report::failure(
-            "the guest did not switch itself off in time; what it wrote to the drives last may be missing",
+            "the guest did not switch itself off in time; what it wrote last may be missing",
             None,
         );
     }
     let _ = sandbox.tear_down();
     stages.mark("end");
     Ok(outcome.exit_status())
+}
+
+/// What happens to the sandbox at the end.
+fn life(options: &Args) -> Life {
+    if options.naming.name.is_some() && !options.rm {
+        Life::Persistent
+    } else if options.detach {
+        Life::Detached
+    } else {
+        Life::Owned
+    }
 }
 
 fn cancelled(error: &BootError, signals: &SignalFd) -> Failure {

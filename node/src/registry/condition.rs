@@ -132,6 +132,11 @@ pub(super) fn read(dir: &SandboxDir, spec: Option<&SandboxSpec>) -> State {
         Condition::Left(_) if dir.is_being_removed() => return State::HalfRemoved,
         Condition::Left(left) => left,
     };
+    of_left(left, spec)
+}
+
+/// The state of a sandbox that nobody owns, or whose lock the caller has taken.
+pub(super) fn of_left(left: Leftover, spec: Option<&SandboxSpec>) -> State {
     let Some(spec) = spec else {
         return match left {
             Leftover::VmmAlone(vmm) => State::Orphaned(vmm),

@@ -181,6 +181,13 @@ impl Found {
         self.look().state
     }
 
+    /// Its state, for whoever has taken its lock.
+    #[must_use]
+    pub fn state_while_locked(&self) -> State {
+        let spec = condition::read_spec(&self.dir).ok().flatten();
+        condition::of_left(self.dir.leftover(), spec.as_ref())
+    }
+
     /// All about it.
     #[must_use]
     pub fn look(self: &Found) -> Listed {

@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use crate::assets::AssetError;
 use crate::diagnosis::{Progress, progress};
-use crate::disk::CopyError;
+use crate::disk::{CopyError, MakeError};
 use crate::drive::DriveError;
 use crate::ending::{Ended, Meaning};
-use crate::state::StateError;
+use crate::state::{ClaimError, StateError};
 use crate::vmm::ApiError;
 
 /// Where a boot ended early, and what there is to see.
@@ -22,6 +22,10 @@ pub enum BootError {
     State(#[from] StateError),
     #[error(transparent)]
     Disk(#[from] CopyError),
+    #[error(transparent)]
+    MakeDisk(#[from] MakeError),
+    #[error(transparent)]
+    Name(#[from] ClaimError),
     #[error(transparent)]
     Drive(#[from] DriveError),
     #[error("{0}")]
@@ -78,6 +82,11 @@ impl BootError {
         let text = match self {
             Self::Asset(error) => return Some(error.remedy()),
             Self::State(_) => "'belljar doctor' checks the state directory",
+            Self::MakeDisk(error) => return Some(error.remedy()),
+            Self::Name(ClaimError::Taken { .. }) => {
+                "choose another name, or remove that sandbox with 'belljar rm'"
+            }
+            Self::Name(_) => return None,
             Self::Disk(_) => "check the space below the state directory (BELLJAR_STATE)",
             Self::Drive(_) | Self::Invalid(_) | Self::Cancelled => return None,
             Self::NoVmm(_) => "run 'make build', or name it with --vmm",

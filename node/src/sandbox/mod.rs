@@ -1,5 +1,6 @@
 //! A sandbox from its directory to the agent's sign of readiness, and to its end.
 
+mod create;
 mod error;
 mod plan;
 
@@ -11,15 +12,20 @@ use std::process::Child;
 use std::time::{Duration, Instant};
 
 use belljar_protocol::{READY_PORT, client, v1};
+use serde::{Deserialize, Serialize};
 
+pub use create::create;
 pub use error::BootError;
-pub use plan::{DiskChoice, GuestSpec, ImageChoice};
+pub use plan::{DiskChoice, GuestSpec, ImageChoice, NewSandbox};
+
+use crate::assets::Assets;
 
 use crate::diagnosis;
 use crate::ending::{Ended, Meaning};
 use crate::poll::{PollSet, Polled};
 use crate::registry::SocketPath;
 use crate::stages::Stages;
+use crate::state::spec::{Life, SandboxSpec};
 use crate::state::{self, SandboxDir, StateRoot};
 use crate::supervisor::{self, Event, EventReader};
 use crate::vmm;
@@ -39,7 +45,8 @@ pub struct Programs {
     pub vmm: PathBuf,
 }
 
-/// A guest that is up, with the supervisor that owns it. Dropping it tears it down.
+/// A guest that is up, with the supervisor that owns it. Dropping it tears it down, and removes a sandbox
+/// that is not persistent.
 #[derive(Debug)]
 pub struct Sandbox {
     dir: SandboxDir,
@@ -51,7 +58,32 @@ pub struct Sandbox {
     /// Shared with the supervisor; for when it is killed and this process has to clean up.
     _lock: File,
     ready: v1::Ready,
-    removable: bool,
+    life: Life,
+    finished: bool,
+}
+
+/// How the last start went (`boot.json`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootRecord {
+    pub version: u32,
+    pub stages: Vec<StageRecord>,
+    /// What the guest says about itself: not to be trusted.
+    pub kernel: String,
+    pub agent_generation: u32,
+    pub guest_boot_id: String,
+}
+
+/// A stage of a boot, in microseconds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StageRecord {
+    pub stage: String,
+    pub took_us: u64,
+    /// Since the command began.
+    pub at_us: u64,
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// What bounds a boot.
@@ -63,43 +95,83 @@ pub struct Limits<'a> {
 }
 
 impl Sandbox {
-    /// Boots an ephemeral guest and waits until its agent serves calls.
+    /// Makes a sandbox, boots its guest and waits until the agent serves calls.
     ///
     /// # Errors
-    /// Where it ended early; nothing is left behind then.
+    /// Where it ended early. Nothing is left behind then, unless the sandbox is persistent.
     pub fn boot(
         root: &StateRoot,
         programs: &Programs,
-        spec: &GuestSpec,
+        new: &NewSandbox,
+        limits: Limits<'_>,
+        stages: &mut Stages,
+    ) -> Result<Self, BootError> {
+        if !programs.vmm.exists() {
+            return Err(BootError::NoVmm(programs.vmm.clone()));
+        }
+        let (dir, lock) = create(root, new)?;
+        let assets = &new.guest.assets;
+        Self::start(dir, lock, programs, assets, limits, stages)
+    }
+
+    /// Starts a sandbox that was made before. `lock` is its lock.
+    ///
+    /// # Errors
+    /// Where it ended early. A sandbox that is not persistent is removed then.
+    pub fn start(
+        dir: SandboxDir,
+        lock: File,
+        programs: &Programs,
+        assets: &Assets,
         limits: Limits<'_>,
         stages: &mut Stages,
     ) -> Result<Self, BootError> {
         let deadline = Instant::now() + limits.boot;
-        if !programs.vmm.exists() {
-            return Err(BootError::NoVmm(programs.vmm.clone()));
-        }
-        let plan = plan::Plan::new(spec)?;
-        let (dir, lock) = root.create()?;
-        let prepared = plan
-            .write(&dir)
-            .and_then(|config| Self::spawn(programs, dir.clone(), lock).map(|s| (config, s)));
-        let (config, mut sandbox) = match prepared {
-            Ok(prepared) => prepared,
+        let spawned = Self::prepare(&dir, programs, assets).and_then(|(config, life)| {
+            Ok((config, Self::spawn(programs, dir.clone(), lock, life)?))
+        });
+        let (config, mut sandbox) = match spawned {
+            Ok(spawned) => spawned,
             Err(error) => {
-                let _ = dir.remove();
+                let spec: Option<SandboxSpec> = dir.read_record(state::CONFIG).ok().flatten();
+                if spec.is_none_or(|spec| spec.life != Life::Persistent) {
+                    let _ = dir.remove();
+                }
                 return Err(error);
             }
         };
         stages.mark("prepared");
-        sandbox.start(&config, limits, deadline, stages)?;
+        sandbox.bring_up(&config, limits, deadline, stages)?;
         if sandbox.ready.degraded.is_empty() {
+            sandbox.record_boot(stages)?;
             Ok(sandbox)
         } else {
             Err(BootError::Degraded(sandbox.ready.degraded.clone()))
         }
     }
 
-    fn spawn(programs: &Programs, dir: SandboxDir, lock: File) -> Result<Self, BootError> {
+    fn prepare(
+        dir: &SandboxDir,
+        programs: &Programs,
+        assets: &Assets,
+    ) -> Result<(vmm::Config, Life), BootError> {
+        if !programs.vmm.exists() {
+            return Err(BootError::NoVmm(programs.vmm.clone()));
+        }
+        let spec: SandboxSpec = dir
+            .read_record(state::CONFIG)?
+            .ok_or_else(|| BootError::Invalid(format!("sandbox {} is not complete", dir.id())))?;
+        let config = plan::configure(&spec, assets)?;
+        dir.forget_last_run()?;
+        Ok((config, spec.life))
+    }
+
+    fn spawn(
+        programs: &Programs,
+        dir: SandboxDir,
+        lock: File,
+        life: Life,
+    ) -> Result<Self, BootError> {
         let failed = |doing| move |source| BootError::Supervisor { doing, source };
         let inherited = lock.try_clone().map_err(failed("sharing the lock"))?;
         let arguments = ["--api-sock", state::API_SOCKET, "--id", dir.id()].map(Into::into);
@@ -119,11 +191,31 @@ impl Sandbox {
             ended: None,
             _lock: lock,
             ready: v1::Ready::default(),
-            removable: true,
+            life,
+            finished: false,
         })
     }
 
-    fn start(
+    /// For whoever asks later how the boot went.
+    fn record_boot(&self, stages: &Stages) -> Result<(), BootError> {
+        let record = BootRecord {
+            version: 1,
+            stages: stages
+                .rows()
+                .map(|(stage, took, at)| StageRecord {
+                    stage: stage.to_owned(),
+                    took_us: micros(took),
+                    at_us: micros(at),
+                })
+                .collect(),
+            kernel: self.ready.kernel_release.clone(),
+            agent_generation: self.ready.generation,
+            guest_boot_id: self.ready.boot_id.clone(),
+        };
+        Ok(self.dir.write_record(state::BOOT, &record)?)
+    }
+
+    fn bring_up(
         &mut self,
         config: &vmm::Config,
         limits: Limits<'_>,
@@ -349,7 +441,23 @@ impl Sandbox {
         self.wait_end(deadline.saturating_duration_since(Instant::now()))
     }
 
-    /// Kills the VMM if it still runs, and removes everything. Returns how it ended, if it did by itself.
+    /// Leaves the guest to its supervisor: it runs on when this process ends.
+    ///
+    /// # Errors
+    /// The supervisor died.
+    pub fn release(mut self) -> Result<SandboxDir, BootError> {
+        if let Some(control) = &mut self.control {
+            supervisor::release(control).map_err(|source| BootError::Supervisor {
+                doing: "leaving the guest to it",
+                source,
+            })?;
+        }
+        self.finished = true;
+        Ok(self.dir.clone())
+    }
+
+    /// Kills the VMM if it still runs, and removes everything that is not to stay. Returns how it ended, if
+    /// it did by itself.
     #[must_use]
     pub fn tear_down(mut self) -> Option<Box<Ended>> {
         self.finish();
@@ -357,7 +465,7 @@ impl Sandbox {
     }
 
     fn finish(&mut self) {
-        if !std::mem::take(&mut self.removable) {
+        if std::mem::replace(&mut self.finished, true) {
             return;
         }
         // Hanging up is the order to end and to remove the directory.
@@ -367,7 +475,7 @@ impl Sandbox {
         }
         let _ = self.supervisor.wait();
         // The supervisor has done it, unless it was killed.
-        if self.dir.path().exists() {
+        if self.life != Life::Persistent && self.dir.path().exists() {
             let _ = self.dir.remove();
         }
     }

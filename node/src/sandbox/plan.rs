@@ -1,13 +1,14 @@
 //! What the caller wants of a guest, and what that means for its directory and its VMM.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::BootError;
-use crate::assets::{Assets, DEFAULT_DISK, absolute_file};
-use crate::disk::private_copy;
+use crate::assets::{AssetError, Assets, DEFAULT_DISK, absolute_file};
 use crate::drive::{DriveSpec, assign_ids};
 use crate::size::{MIB, Size};
-use crate::state::{self, SandboxDir};
+use crate::state;
+use crate::state::spec::{DriveRecord, Life, SPEC_VERSION, SandboxSpec, now_ms};
 use crate::vmm::{CacheType, Config, Drive};
 
 /// Names of the drives that are not the user's.
@@ -48,89 +49,162 @@ pub struct GuestSpec {
     pub disk: DiskChoice,
     pub drives: Vec<DriveSpec>,
     pub vcpus: u32,
+    /// Thousandths of a host CPU that the guest may use.
+    pub cpu_limit_milli: Option<u32>,
     pub memory: Size,
     /// Appended to the kernel's command line.
     pub boot_args: Option<String>,
 }
 
-/// A checked specification: every file is there.
-pub(super) struct Plan {
-    config: Config,
-    disk: Option<PathBuf>,
+/// A sandbox to make.
+#[derive(Debug, Clone)]
+pub struct NewSandbox {
+    pub name: Option<String>,
+    pub labels: BTreeMap<String, String>,
+    pub life: Life,
+    pub guest: GuestSpec,
 }
 
-impl Plan {
-    pub(super) fn new(spec: &GuestSpec) -> Result<Self, BootError> {
-        if spec.memory.0 == 0 || !spec.memory.0.is_multiple_of(MIB) {
-            return Err(BootError::Invalid(format!(
-                "{} of memory is not a whole number of MiB; write for example --memory 512M",
-                spec.memory
-            )));
+impl NewSandbox {
+    /// One that goes away with its owner.
+    #[must_use]
+    pub fn owned(guest: GuestSpec) -> Self {
+        Self {
+            name: None,
+            labels: BTreeMap::new(),
+            life: Life::Owned,
+            guest,
         }
-        let kernel = match &spec.kernel {
-            Some(path) => absolute_file("kernel", path)?,
-            None => spec.assets.kernel()?,
-        };
-        let initramfs = match &spec.initramfs {
-            Some(path) => absolute_file("initramfs", path)?,
-            None => spec.assets.initramfs()?,
-        };
-        let image = match &spec.image {
-            ImageChoice::Default => Some(spec.assets.image()?),
-            ImageChoice::None => None,
-            ImageChoice::Path(path) => Some(absolute_file("image", path)?),
-        };
-        let disk = match &spec.disk {
-            // Without an image there is nothing to lay the disk over.
-            DiskChoice::Default if image.is_none() => None,
-            DiskChoice::Default => Some(spec.assets.disk(DEFAULT_DISK)?),
-            DiskChoice::None => None,
-            DiskChoice::Size(size) => Some(spec.assets.disk(*size)?),
-        };
-        let mut boot_args = BOOT_ARGS.to_owned();
-        let mut drives = Vec::new();
-        if let Some(image) = &image {
-            drives.push(drive(IMAGE, utf8(image)?, true, CacheType::Unsafe));
-            boot_args.push_str(" belljar.image=/dev/vda");
-        }
-        if disk.is_some() {
-            let device = if image.is_some() { 'b' } else { 'a' };
-            boot_args.push_str(&format!(" belljar.disk=/dev/vd{device}"));
-            drives.push(drive(
-                DISK,
-                state::DISK.to_owned(),
-                false,
-                CacheType::Unsafe,
-            ));
-        }
-        let ids = assign_ids(&spec.drives, &[IMAGE, DISK])?;
-        for (extra, id) in spec.drives.iter().zip(ids) {
-            let path = utf8(&absolute_file("drive", &extra.path)?)?;
-            drives.push(drive(&id, path, extra.read_only, CacheType::Writeback));
-        }
-        if let Some(more) = &spec.boot_args {
-            boot_args.push(' ');
-            boot_args.push_str(more);
-        }
-        let config = Config {
-            vcpus: spec.vcpus,
-            memory_mib: spec.memory.0 / MIB,
-            kernel: utf8(&kernel)?,
-            initramfs: Some(utf8(&initramfs)?),
-            boot_args,
-            drives,
-            vsock_path: state::VSOCK_SOCKET.to_owned(),
-            console_path: state::CONSOLE_SOCKET.to_owned(),
-        };
-        Ok(Self { config, disk })
     }
+}
 
-    /// Puts into the directory what the guest needs there.
-    pub(super) fn write(self, dir: &SandboxDir) -> Result<Config, BootError> {
-        if let Some(empty) = &self.disk {
-            private_copy(empty, &dir.file(state::DISK))?;
+/// What is written down about a new sandbox: every file is there, and named so that it will be found
+/// from anywhere. The image is pinned, because the disk's content belongs to it; kernel and initramfs
+/// may become newer.
+pub(super) fn specify(new: &NewSandbox) -> Result<SandboxSpec, BootError> {
+    let guest = &new.guest;
+    if guest.memory.0 == 0 || !guest.memory.0.is_multiple_of(MIB) {
+        return Err(BootError::Invalid(format!(
+            "{} of memory is not a whole number of MiB; write for example --memory 512M",
+            guest.memory
+        )));
+    }
+    let named = |what, path: &Option<PathBuf>| {
+        path.as_deref()
+            .map(|path| absolute_file(what, path))
+            .transpose()
+    };
+    let image = match &guest.image {
+        ImageChoice::Default => {
+            let link = guest.assets.image()?;
+            Some(link.canonicalize().unwrap_or(link))
         }
-        Ok(self.config)
+        ImageChoice::None => None,
+        ImageChoice::Path(path) => Some(absolute_file("image", path)?),
+    };
+    let disk = match &guest.disk {
+        // Without an image there is nothing to lay the disk over.
+        DiskChoice::Default if image.is_none() => None,
+        DiskChoice::Default => Some(DEFAULT_DISK.0),
+        DiskChoice::None => None,
+        DiskChoice::Size(size) => Some(size.0),
+    };
+    let spec = SandboxSpec {
+        version: SPEC_VERSION,
+        name: new.name.clone(),
+        labels: new.labels.clone(),
+        created_ms: now_ms(),
+        life: new.life,
+        vcpus: guest.vcpus,
+        cpu_limit_milli: guest.cpu_limit_milli,
+        memory: guest.memory.0,
+        disk,
+        image,
+        kernel: named("kernel", &guest.kernel)?,
+        initramfs: named("initramfs", &guest.initramfs)?,
+        drives: guest
+            .drives
+            .iter()
+            .map(|drive| {
+                Ok(DriveRecord {
+                    path: absolute_file("drive", &drive.path)?,
+                    read_only: drive.read_only,
+                    id: drive.id.clone(),
+                })
+            })
+            .collect::<Result<_, AssetError>>()?,
+        boot_args: guest.boot_args.clone(),
+    };
+    // What could not be started is not made.
+    configure(&spec, &guest.assets)?;
+    Ok(spec)
+}
+
+/// What the VMM is told.
+pub(super) fn configure(spec: &SandboxSpec, assets: &Assets) -> Result<Config, BootError> {
+    let file = |what,
+                path: &Option<PathBuf>,
+                default: fn(&Assets) -> Result<PathBuf, AssetError>| match path {
+        Some(path) => absolute_file(what, path),
+        None => default(assets),
+    };
+    let kernel = file("kernel", &spec.kernel, Assets::kernel)?;
+    let initramfs = file("initramfs", &spec.initramfs, Assets::initramfs)?;
+    let mut boot_args = BOOT_ARGS.to_owned();
+    let mut drives = Vec::new();
+    if let Some(image) = &spec.image {
+        let image = absolute_file("image", image)?;
+        drives.push(drive(IMAGE, utf8(&image)?, true, CacheType::Unsafe));
+        boot_args.push_str(" belljar.image=/dev/vda");
+    }
+    if spec.disk.is_some() {
+        let device = if spec.image.is_some() { 'b' } else { 'a' };
+        boot_args.push_str(&format!(" belljar.disk=/dev/vd{device}"));
+        // What must outlive the VMM has to reach the host's disk when the guest says so.
+        let cache = if spec.life == Life::Persistent {
+            CacheType::Writeback
+        } else {
+            CacheType::Unsafe
+        };
+        drives.push(drive(DISK, state::DISK.to_owned(), false, cache));
+    }
+    let extra: Vec<DriveSpec> = spec.drives.iter().map(drive_spec).collect();
+    let ids = assign_ids(&extra, &[IMAGE, DISK])?;
+    for (extra, id) in extra.iter().zip(ids) {
+        let path = utf8(&absolute_file("drive", &extra.path)?)?;
+        drives.push(drive(&id, path, extra.read_only, CacheType::Writeback));
+    }
+    if let Some(name) = &spec.name {
+        boot_args.push_str(&format!(" belljar.hostname={}", host_name(name)));
+    }
+    if let Some(more) = &spec.boot_args {
+        boot_args.push(' ');
+        boot_args.push_str(more);
+    }
+    Ok(Config {
+        vcpus: spec.vcpus,
+        memory_mib: spec.memory / MIB,
+        kernel: utf8(&kernel)?,
+        initramfs: Some(utf8(&initramfs)?),
+        boot_args,
+        drives,
+        vsock_path: state::VSOCK_SOCKET.to_owned(),
+        console_path: state::CONSOLE_SOCKET.to_owned(),
+    })
+}
+
+/// A sandbox's name as a host name: RFC 1123 knows no underscore and no dot in a label's place.
+fn host_name(name: &str) -> String {
+    name.replace(['_', '.'], "-")
+        .trim_end_matches('-')
+        .to_owned()
+}
+
+fn drive_spec(record: &DriveRecord) -> DriveSpec {
+    DriveSpec {
+        path: record.path.clone(),
+        read_only: record.read_only,
+        id: record.id.clone(),
     }
 }
 
@@ -171,10 +245,16 @@ mod tests {
             disk: DiskChoice::Default,
             drives: Vec::new(),
             vcpus: 1,
+            cpu_limit_milli: None,
             memory: Size(256 * MIB),
             boot_args: None,
         };
         (dir, spec)
+    }
+
+    fn config(guest: &GuestSpec) -> Result<Config, BootError> {
+        let spec = specify(&NewSandbox::owned(guest.clone()))?;
+        configure(&spec, &guest.assets)
     }
 
     #[test]
@@ -185,7 +265,7 @@ mod tests {
             read_only: true,
             id: None,
         }];
-        let config = Plan::new(&spec).unwrap().config;
+        let config = config(&spec).unwrap();
         let ids: Vec<_> = config
             .drives
             .iter()
@@ -205,20 +285,39 @@ mod tests {
     fn without_an_image_there_is_no_disk_unless_asked_for() {
         let (_dir, mut spec) = spec(&["vmlinux", "initramfs", "disk-1G"]);
         spec.image = ImageChoice::None;
-        assert!(Plan::new(&spec).unwrap().config.drives.is_empty());
+        assert!(config(&spec).unwrap().drives.is_empty());
         spec.disk = DiskChoice::Size(Size(1 << 30));
-        let config = Plan::new(&spec).unwrap().config;
+        let config = config(&spec).unwrap();
         assert!(config.boot_args.ends_with("belljar.disk=/dev/vda"));
+    }
+
+    #[test]
+    fn a_persistent_one_is_pinned_to_its_image_and_flushes() {
+        let (dir, guest) = spec(&["vmlinux", "initramfs", "image-1", "disk-1G"]);
+        std::os::unix::fs::symlink("image-1", dir.path().join("image")).unwrap();
+        let new = NewSandbox {
+            name: Some("my_box".into()),
+            life: Life::Persistent,
+            ..NewSandbox::owned(guest.clone())
+        };
+        let made = specify(&new).unwrap();
+        assert!(made.image.as_ref().unwrap().ends_with("image-1"));
+        let config = configure(&made, &guest.assets).unwrap();
+        assert!(config.boot_args.contains("belljar.hostname=my-box"));
+        assert!(matches!(config.drives[1].cache_type, CacheType::Writeback));
+        std::fs::remove_file(dir.path().join("image-1")).unwrap();
+        let error = configure(&made, &guest.assets).unwrap_err();
+        assert!(error.to_string().contains("image-1"), "{error}");
     }
 
     #[test]
     fn what_cannot_work_is_refused_before_anything_is_made() {
         let (_dir, mut spec) = spec(&["vmlinux", "initramfs"]);
-        assert!(matches!(Plan::new(&spec), Err(BootError::Asset(_))));
+        assert!(matches!(config(&spec), Err(BootError::Asset(_))));
         spec.image = ImageChoice::None;
         spec.memory = Size(1000);
-        assert!(matches!(Plan::new(&spec), Err(BootError::Invalid(_))));
+        assert!(matches!(config(&spec), Err(BootError::Invalid(_))));
         spec.memory = Size(0);
-        assert!(matches!(Plan::new(&spec), Err(BootError::Invalid(_))));
+        assert!(matches!(config(&spec), Err(BootError::Invalid(_))));
     }
 }

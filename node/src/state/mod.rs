@@ -36,6 +36,7 @@ pub use names::ClaimError;
 pub use process::{ProcessRecord, boot_id};
 
 use crate::ending::Ended;
+use spec::SandboxSpec;
 
 /// Overrides the directory of all state.
 pub const STATE_VARIABLE: &str = "BELLJAR_STATE";
@@ -339,6 +340,29 @@ impl SandboxDir {
     /// # Errors
     /// The directory cannot be written.
     pub fn write_record(&self, name: &str, record: &impl Serialize) -> Result<(), StateError> {
+        self.replace_record(name, record, false)
+    }
+
+    /// The same, and it is there after a power failure too.
+    ///
+    /// # Errors
+    /// The directory cannot be written.
+    pub fn write_record_durably(
+        &self,
+        name: &str,
+        record: &impl Serialize,
+    ) -> Result<(), StateError> {
+        self.replace_record(name, record, true)?;
+        let synced = File::open(&self.path).and_then(|dir| dir.sync_all());
+        synced.map_err(io_error("write back", &self.path))
+    }
+
+    fn replace_record(
+        &self,
+        name: &str,
+        record: &impl Serialize,
+        durably: bool,
+    ) -> Result<(), StateError> {
         let path = self.file(name);
         let temporary = self.file(&format!("{name}.new"));
         let mut text =
@@ -347,7 +371,10 @@ impl SandboxDir {
                 source,
             })?;
         text.push(b'\n');
-        let written = File::create(&temporary).and_then(|mut file| file.write_all(&text));
+        let written = File::create(&temporary).and_then(|mut file| {
+            file.write_all(&text)?;
+            if durably { file.sync_all() } else { Ok(()) }
+        });
         written.map_err(io_error("write", &temporary))?;
         fs::rename(&temporary, &path).map_err(io_error("write", &path))
     }
@@ -381,8 +408,15 @@ impl SandboxDir {
         if self.try_lock()?.is_none() {
             return Ok(Condition::Owned(owner));
         }
+        Ok(Condition::Left(self.leftover()))
+    }
+
+    /// Why it is there, given that nobody owns it: for whoever has taken its lock.
+    #[must_use]
+    pub fn leftover(&self) -> Leftover {
+        let owner: Option<Owner> = self.read_record(OWNER).ok().flatten();
         let ended: Option<Ended> = self.read_record(ENDED).ok().flatten();
-        Ok(Condition::Left(explain(owner, ended, &boot_id())))
+        explain(owner, ended, &boot_id())
     }
 
     fn is_young(&self) -> bool {
@@ -391,6 +425,35 @@ impl SandboxDir {
             .ok()
             .and_then(|made| SystemTime::now().duration_since(made).ok())
             .is_some_and(|age| age < GRACE)
+    }
+
+    /// Takes away what belongs to an earlier run of its guest: sockets first, since a new VMM makes them,
+    /// the record of the end last.
+    ///
+    /// # Errors
+    /// Something cannot be removed.
+    pub fn forget_last_run(&self) -> Result<(), StateError> {
+        let ready = format!("{VSOCK_SOCKET}_{}", belljar_protocol::READY_PORT);
+        let names = [
+            API_SOCKET,
+            VSOCK_SOCKET,
+            &ready,
+            CONSOLE_SOCKET,
+            CONTROL_SOCKET,
+            OWNER,
+            BOOT,
+            ENDED,
+        ];
+        for name in names {
+            let path = self.file(name);
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(io_error("remove", &path)(error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Removes the directory and all in it. It loses its id first, so that what a crash leaves of it is
@@ -402,6 +465,7 @@ impl SandboxDir {
         let doomed = if self.is_being_removed() {
             self.path.clone()
         } else {
+            self.release_own_name();
             let doomed = self.path.with_added_extension(REMOVING);
             match fs::rename(&self.path, &doomed) {
                 Ok(()) => doomed,
@@ -414,6 +478,18 @@ impl SandboxDir {
                 Err(io_error("remove", &doomed)(error))
             }
             _ => Ok(()),
+        }
+    }
+
+    /// The name, if it has one, can be given to another one from now on.
+    fn release_own_name(&self) {
+        let spec: Option<SandboxSpec> = self.read_record(CONFIG).ok().flatten();
+        let name = spec.and_then(|spec| spec.name);
+        let root = self.path.parent().and_then(Path::parent);
+        if let (Some(name), Some(root)) = (name, root)
+            && let Ok(root) = StateRoot::at(root)
+        {
+            root.release_name(&name, &self.id);
         }
     }
 

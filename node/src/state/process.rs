@@ -23,11 +23,19 @@ impl ProcessRecord {
         })
     }
 
-    /// Whether it still runs, given that this machine has not been booted since.
+    /// Whether it still runs, given that this machine has not been booted since. One that waits to be
+    /// reaped does not.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        Self::of(self.pid) == Some(*self)
+        fs::read_to_string(format!("/proc/{}/stat", self.pid))
+            .is_ok_and(|stat| start_time(&stat) == Some(self.start_time) && !is_zombie(&stat))
     }
+}
+
+/// Field 3 of `/proc/PID/stat`.
+fn is_zombie(stat: &str) -> bool {
+    let state = stat.rsplit_once(')').map(|(_, after)| after.trim_start());
+    state.is_some_and(|state| state.starts_with(['Z', 'X']))
 }
 
 /// Field 22 of `/proc/PID/stat`. The name in field 2 may hold spaces and parentheses.
@@ -57,6 +65,7 @@ mod tests {
             assert_eq!(start_time(&format!("17 ({name}) {numbers}\n")), Some(22));
         }
         assert_eq!(start_time("17 (cat) S 1"), None);
+        assert!(is_zombie("17 (a) b) Z 1") && !is_zombie("17 (Z) S 1") && !is_zombie(""));
         assert_eq!(start_time(""), None);
     }
 

@@ -2,8 +2,9 @@
 //!
 //! It is started with the sandbox's lock as standard output and a socket to its owner as standard input.
 //! It starts the VMM in the sandbox's directory, keeps what VMM and console say, writes how the VMM
-//! ended, and tells its owner. VMM and supervisor die together. When the owner hangs up, the VMM is
-//! killed and an ephemeral sandbox's directory removed.
+//! ended, and tells its owner. VMM and supervisor die together. When an owner hangs up that has not
+//! released the guest before, the VMM is killed. At the end the directory is removed, unless the
+//! sandbox is persistent.
 
 mod protocol;
 
@@ -21,11 +22,12 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use crate::bounded_log::BoundedLog;
 use crate::ending::{Ended, Meaning};
 use crate::poll::PollSet;
+use crate::state::spec::{Life, SandboxSpec};
 use crate::state::{self, Owner, ProcessRecord, SandboxDir};
 use crate::sys::{self, SignalFd};
 
 pub(crate) use protocol::EventReader;
-pub use protocol::{ATTACH_CONSOLE, Event};
+pub use protocol::{ATTACH_CONSOLE, Event, RELEASE};
 
 /// First argument of the hidden mode: `belljar __supervise DIR PROGRAM ARGUMENTS…`.
 pub const MODE: &str = "__supervise";
@@ -66,8 +68,10 @@ pub fn main(mut arguments: impl Iterator<Item = OsString>) -> u8 {
     }
     wait_for_hang_up(&mut owner);
     // The lock is still held: it is the open file at descriptor 1.
-    let removed = dir.remove();
-    u8::from(outcome.is_err() || removed.is_err())
+    let spec: Option<SandboxSpec> = dir.read_record(state::CONFIG).ok().flatten();
+    let stays = spec.is_some_and(|spec| spec.life == Life::Persistent);
+    let removed = stays || dir.remove().is_ok();
+    u8::from(outcome.is_err() || !removed)
 }
 
 /// The owner reads what it needs from the directory and then hangs up.
@@ -86,6 +90,7 @@ struct Supervisor {
     console: Option<UnixStream>,
     console_log: BoundedLog,
     signals: SignalFd,
+    released: bool,
     torn_down: bool,
 }
 
@@ -112,10 +117,12 @@ impl Supervisor {
         drop(command);
         let vmm_pidfd = pidfd_open(Pid::from_child(&vmm), PidfdFlags::empty())?;
         let supervisor = ProcessRecord::of(std::process::id());
+        let spec: Option<SandboxSpec> = dir.read_record(state::CONFIG).map_err(io::Error::other)?;
+        let spec = spec.unwrap_or_default();
         let record = Owner::new(
             supervisor.ok_or(io::ErrorKind::NotFound)?,
             ProcessRecord::of(vmm.id()),
-            true,
+            spec.life != Life::Persistent,
         );
         dir.write_record(state::OWNER, &record)
             .map_err(io::Error::other)?;
@@ -128,6 +135,7 @@ impl Supervisor {
             console_log: BoundedLog::new(dir.file(state::CONSOLE_LOG), LOG_LIMIT),
             dir,
             signals,
+            released: false,
             torn_down: false,
         })
     }
@@ -181,14 +189,20 @@ impl Supervisor {
         let mut commands = [0u8; 16];
         let count = match owner.read(&mut commands) {
             Ok(0) | Err(_) => {
-                self.tear_down();
+                if !self.released {
+                    self.tear_down();
+                }
                 return false;
             }
             Ok(count) => count,
         };
         for command in commands.iter().take(count) {
-            if *command == ATTACH_CONSOLE && self.console.is_none() {
-                self.console = UnixStream::connect(state::CONSOLE_SOCKET).ok();
+            match *command {
+                ATTACH_CONSOLE if self.console.is_none() => {
+                    self.console = UnixStream::connect(state::CONSOLE_SOCKET).ok();
+                }
+                RELEASE => self.released = true,
+                _ => {}
             }
         }
         true
@@ -303,4 +317,9 @@ pub(crate) fn spawn(
 /// Asks the supervisor to follow the guest's console, which exists by now.
 pub(crate) fn attach_console(supervisor: &mut UnixStream) -> io::Result<()> {
     supervisor.write_all(&[ATTACH_CONSOLE])
+}
+
+/// Tells the supervisor to let the guest run on without an owner.
+pub(crate) fn release(supervisor: &mut UnixStream) -> io::Result<()> {
+    supervisor.write_all(&[RELEASE])
 }

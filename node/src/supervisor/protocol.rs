@@ -7,8 +7,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::ending::Ended;
 
-/// The owner's only command: follow the guest's console. Hanging up ends everything.
+/// The owner's command: follow the guest's console. Hanging up ends everything, unless
+/// [`RELEASE`] came first.
 pub const ATTACH_CONSOLE: u8 = b'c';
+/// The owner's command: the guest runs on when the owner hangs up.
+pub const RELEASE: u8 = b'r';
 /// A line longer than this is not from a supervisor.
 const LINE_MAX: usize = 256 * 1024;
 

@@ -11,7 +11,10 @@
 
 pub mod files;
 pub mod guest;
+mod sandbox;
 pub mod vmm;
+
+pub use sandbox::Sandbox;
 
 use std::ffi::OsStr;
 use std::fs;

@@ -9,4 +9,5 @@
 mod crashes;
 mod doctor;
 mod failures;
+mod lifecycle;
 mod run;
