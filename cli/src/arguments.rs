@@ -39,6 +39,7 @@ pub(crate) enum Verb {
     Pause(verbs::pause::Pause),
     Resume(verbs::pause::Resume),
     Inspect(verbs::inspect::Args),
+    Port(verbs::port::Args),
     Doctor(verbs::doctor::Args),
     /// Describe belljar, or one of its verbs
     #[command(hide = true)]
@@ -60,6 +61,7 @@ impl Verb {
             Self::Resume(args) => verbs::pause::resume(args),
             Self::Ls(args) => verbs::ls::ls(args),
             Self::Inspect(args) => verbs::inspect::inspect(args),
+            Self::Port(args) => verbs::port::port(args),
             Self::Doctor(args) => verbs::doctor::doctor(args),
             Self::Help { verb } => help(verb),
         }

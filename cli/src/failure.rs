@@ -1,5 +1,6 @@
 //! What ends a verb early: one readable line, what to do about it, and an exit status.
 
+use belljar_node::guest::GuestError;
 use belljar_node::lifecycle::{LifeError, StartError};
 use belljar_node::registry::{ConnectError, FindError, Found};
 use belljar_node::sandbox::BootError;
@@ -112,6 +113,15 @@ impl From<FindError> for Failure {
 impl From<ConnectError> for Failure {
     fn from(error: ConnectError) -> Self {
         Self::with_remedy(&error, error.remedy())
+    }
+}
+
+impl From<GuestError> for Failure {
+    fn from(error: GuestError) -> Self {
+        match error.remedy() {
+            Some(remedy) => Self::with_remedy(&error, remedy),
+            None => Self::new(&error),
+        }
     }
 }
 

@@ -10,8 +10,10 @@ pub mod doctor;
 pub mod drive;
 pub mod ending;
 pub mod exec;
+pub mod guest;
 pub mod lifecycle;
 pub mod poll;
+pub mod ports;
 pub mod registry;
 pub mod sandbox;
 pub mod size;
@@ -21,6 +23,6 @@ pub mod supervisor;
 pub mod sys;
 pub mod vmm;
 
-pub use belljar_protocol::AGENT_PORT;
 /// How a command in a guest ended.
 pub use belljar_protocol::v1::end::How as End;
+pub use belljar_protocol::{AGENT_PORT, v1};

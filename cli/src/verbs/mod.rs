@@ -5,6 +5,7 @@ pub(crate) mod doctor;
 pub(crate) mod inspect;
 pub(crate) mod ls;
 pub(crate) mod pause;
+pub(crate) mod port;
 pub(crate) mod rm;
 pub(crate) mod run;
 pub(crate) mod start;

@@ -7,6 +7,7 @@
 pub mod client;
 pub mod frame;
 pub mod hybrid;
+pub mod relay;
 pub mod transfer;
 
 /// The generated message types of `belljar.agent.v1`.

@@ -1,13 +1,13 @@
 //! Ports of the guest: streams to them, and which there are.
 
 mod connect;
-mod relay;
 pub(super) mod table;
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
+use belljar_protocol::relay::relay;
 use belljar_protocol::v1::{self, error::Code, reply::Result as Answer};
 use rustix::fs::{AtFlags, Dir, Mode, OFlags};
 
@@ -32,7 +32,9 @@ pub(super) fn connect(context: &Context, conn: &mut Conn, call: v1::Connect) -> 
     let stream = connect::connect(&target, limit, conn.as_fd())?;
     conn.send(&context.head(Answer::Connect(v1::Connected {})))?;
     let unread = conn.take_unread();
-    relay::relay(conn.as_fd(), stream.as_fd(), unread, || context.touch());
+    relay(conn.as_fd(), stream.as_fd(), unread, None, || {
+        context.touch();
+    });
     Ok(Outcome::Streamed)
 }
 

@@ -1,13 +1,11 @@
-//! Bytes between two sockets, both ways, in one thread.
+//! Bytes between two sockets, both ways, in one thread: what a forwarded port is made of, on both sides.
 
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
-
-use super::super::conn::timespec;
 
 /// Bytes held for each direction.
 const BUFFER: usize = 128 << 10;
@@ -83,9 +81,16 @@ impl Way {
     }
 }
 
-/// Passes bytes on until both sides have ended, or one has gone. `unread` came from `a` before. `moved` is
-/// called for every piece.
-pub(super) fn relay(a: BorrowedFd<'_>, b: BorrowedFd<'_>, unread: Vec<u8>, moved: impl Fn()) {
+/// Passes bytes on until both sides have ended, one has gone, or `stop` is readable. `unread` came from `a`
+/// before. `moved` is called for every piece. An end of one direction is told to the other side, which may
+/// go on in the other direction.
+pub fn relay(
+    a: BorrowedFd<'_>,
+    b: BorrowedFd<'_>,
+    unread: Vec<u8>,
+    stop: Option<BorrowedFd<'_>>,
+    moved: impl Fn(),
+) {
     let mut there = Way {
         held: 0..unread.len(),
         buffer: unread,
@@ -107,23 +112,31 @@ pub(super) fn relay(a: BorrowedFd<'_>, b: BorrowedFd<'_>, unread: Vec<u8>, moved
         if gone.is_some_and(|gone| gone.elapsed() >= LINGER) {
             return;
         }
-        match wait(&mut there, &mut back, a, b) {
-            Ok(hung_up) if hung_up => {
+        match wait(&mut there, &mut back, (a, b), stop) {
+            Ok(Woken::HungUp) => {
                 gone.get_or_insert_with(Instant::now);
             }
-            Ok(_) => {}
-            Err(_) => return,
+            Ok(Woken::Ready) => {}
+            Ok(Woken::Stopped) | Err(_) => return,
         }
     }
 }
 
-/// Waits until something can be done. True if one side has gone altogether while bytes for the other wait.
+/// Why a wait is over.
+enum Woken {
+    Ready,
+    /// One side has gone altogether, while bytes for the other wait or may still come from it.
+    HungUp,
+    Stopped,
+}
+
+/// Waits until something can be done.
 fn wait(
     there: &mut Way,
     back: &mut Way,
-    a: BorrowedFd<'_>,
-    b: BorrowedFd<'_>,
-) -> Result<bool, Errno> {
+    (a, b): (BorrowedFd<'_>, BorrowedFd<'_>),
+    stop: Option<BorrowedFd<'_>>,
+) -> Result<Woken, Errno> {
     let flags = |reads: bool, writes: bool| {
         let mut flags = PollFlags::empty();
         flags.set(PollFlags::IN, reads);
@@ -132,45 +145,55 @@ fn wait(
     };
     let on_a = flags(there.wants_to_read(), back.wants_to_write());
     let on_b = flags(back.wants_to_read(), there.wants_to_write());
-    let mut set = [
-        PollFd::from_borrowed_fd(a, on_a),
-        PollFd::from_borrowed_fd(b, on_b),
-    ];
-    let idle = there.held.is_empty() && back.held.is_empty();
-    let time = idle.then(|| timespec(IDLE));
-    let ready = loop {
-        match poll(&mut set, time.as_ref()) {
-            Err(Errno::INTR) => {}
-            other => break other?,
+    let (mut with_stop, mut without);
+    let set: &mut [PollFd<'_>] = match stop {
+        Some(stop) => {
+            with_stop = [
+                PollFd::from_borrowed_fd(a, on_a),
+                PollFd::from_borrowed_fd(b, on_b),
+                PollFd::from_borrowed_fd(stop, PollFlags::IN),
+            ];
+            &mut with_stop
+        }
+        None => {
+            without = [
+                PollFd::from_borrowed_fd(a, on_a),
+                PollFd::from_borrowed_fd(b, on_b),
+            ];
+            &mut without
         }
     };
-    if ready == 0 {
+    let idle = there.held.is_empty() && back.held.is_empty();
+    if poll_for(set, idle.then_some(IDLE))? == 0 {
         there.buffer = Vec::new();
         back.buffer = Vec::new();
-        poll_for_ever(&mut set)?;
+        poll_for(set, None)?;
     }
-    let ended = PollFlags::HUP | PollFlags::ERR;
-    let mut hung_up = false;
-    for (fd, asked, other, flags) in [(0, on_a, b, on_b), (1, on_b, a, on_a)] {
-        let Some(told) = set.get(fd).map(PollFd::revents) else {
-            continue;
-        };
+    let told = |slot: usize| set.get(slot).map_or(PollFlags::empty(), PollFd::revents);
+    if !told(2).is_empty() {
+        return Ok(Woken::Stopped);
+    }
+    let (told_a, told_b) = (told(0), told(1));
+    let mut woken = Woken::Ready;
+    for (told, asked, other, flags) in [(told_a, on_a, b, on_b), (told_b, on_b, a, on_a)] {
         // A hang-up is told although nothing was asked for, and would be told again at once: so wait for
         // the other side only.
-        if told.intersects(ended) && !told.intersects(asked) {
-            hung_up = true;
+        if told.intersects(PollFlags::HUP | PollFlags::ERR) && !told.intersects(asked) {
+            woken = Woken::HungUp;
             let mut set = [PollFd::from_borrowed_fd(other, flags)];
-            poll(&mut set, Some(&timespec(HUNG_UP_PAUSE)))?;
+            poll_for(&mut set, Some(HUNG_UP_PAUSE))?;
         }
     }
-    Ok(hung_up)
+    Ok(woken)
 }
 
-fn poll_for_ever(set: &mut [PollFd<'_>]) -> Result<(), Errno> {
+fn poll_for(set: &mut [PollFd<'_>], time: Option<Duration>) -> Result<usize, Errno> {
+    // What is beyond the kernel's counting is no limit.
+    let time = time.and_then(|time| Timespec::try_from(time).ok());
     loop {
-        match poll(set, None) {
+        match poll(set, time.as_ref()) {
             Err(Errno::INTR) => {}
-            other => return other.map(drop),
+            other => return other,
         }
     }
 }
@@ -187,7 +210,8 @@ mod tests {
     fn relayed(unread: &'static [u8]) -> (UnixStream, UnixStream, thread::JoinHandle<()>) {
         let (host, a) = UnixStream::pair().unwrap();
         let (target, b) = UnixStream::pair().unwrap();
-        let between = thread::spawn(move || relay(a.as_fd(), b.as_fd(), unread.to_vec(), || {}));
+        let between =
+            thread::spawn(move || relay(a.as_fd(), b.as_fd(), unread.to_vec(), None, || {}));
         (host, target, between)
     }
 
@@ -235,6 +259,25 @@ mod tests {
             end.join().unwrap();
         }
         between.join().unwrap();
+    }
+
+    #[test]
+    fn it_ends_at_a_word() {
+        let ((_host, a), (mut target, b)) =
+            (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+        let (stop, stopped) = UnixStream::pair().unwrap();
+        let between = thread::spawn(move || {
+            relay(
+                a.as_fd(),
+                b.as_fd(),
+                Vec::new(),
+                Some(stopped.as_fd()),
+                || {},
+            );
+        });
+        drop(stop);
+        between.join().unwrap();
+        assert_eq!(target.read(&mut [0; 1]).unwrap(), 0);
     }
 
     #[test]
