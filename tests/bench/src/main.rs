@@ -5,6 +5,7 @@ mod failure;
 mod http;
 mod measures;
 mod report;
+mod session;
 mod stats;
 mod vmm;
 
@@ -47,6 +48,8 @@ enum Group {
     Bulk,
     /// Direct reads and writes of drives, both engines.
     Block,
+    /// A sandbox by the command line: exec, terminal, copies, listings. Of this project's VMM only.
+    Session,
 }
 
 /// Measures a VMM, and others beside it in the same run. Started by tests/bench/run, which builds all it needs.
@@ -79,6 +82,18 @@ struct Arguments {
     image: Option<PathBuf>,
     #[arg(long, value_name = "FILE", requires = "image")]
     disk: Option<PathBuf>,
+    /// The command line, for the group `session`
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "image",
+        requires = "agent_initrd",
+        requires = "tool"
+    )]
+    belljar: Option<PathBuf>,
+    /// A program that the guest of the group `session` starts again and again
+    #[arg(long, value_name = "FILE")]
+    tool: Option<PathBuf>,
     /// Guest memory
     #[arg(long, value_name = "MIB", default_value_t = 128)]
     memory: u64,
@@ -181,6 +196,8 @@ impl Bench {
             (&mut arguments.agent_initrd, "agent-initrd"),
             (&mut arguments.image, "image"),
             (&mut arguments.disk, "disk"),
+            (&mut arguments.belljar, "belljar"),
+            (&mut arguments.tool, "tool"),
         ] {
             if let Some(file) = file {
                 take(file, name)?;
@@ -197,6 +214,8 @@ impl Bench {
                 arguments.agent_initrd.as_mut(),
                 arguments.image.as_mut(),
                 arguments.disk.as_mut(),
+                arguments.belljar.as_mut(),
+                arguments.tool.as_mut(),
             ];
             let binaries = vmms.iter_mut().map(|vmm| &mut vmm.path);
             for path in files.into_iter().flatten().chain(binaries) {
@@ -281,6 +300,9 @@ impl Bench {
         let mut vmms = self.vmms.clone();
         if run % 2 == 1 {
             vmms.reverse();
+        }
+        if self.wants(Group::Session) && (tracing || run < self.arguments.runs.div_ceil(3)) {
+            self.session(run, tracing)?;
         }
         for binary in &vmms {
             let samples = self
@@ -406,6 +428,44 @@ impl Bench {
         }
         if self.wants(Group::Memory) {
             all.extend(measures::memory("worked", &vmm, self.machine.memory_mib)?);
+        }
+        Ok(())
+    }
+
+    /// A sandbox of the first VMM, which must be this project's.
+    fn session(&mut self, run: u32, tracing: bool) -> Result<()> {
+        let (Some(belljar), Some(tool)) = (&self.arguments.belljar, &self.arguments.tool) else {
+            return Ok(());
+        };
+        let work = self.work.join(format!("session-{run}"));
+        let assets = work.join("assets");
+        fs::create_dir_all(&assets).attempt("cannot make a directory for assets")?;
+        let parts = [
+            (Some(&self.arguments.kernel), "vmlinux"),
+            (self.arguments.agent_initrd.as_ref(), "initramfs"),
+            (self.arguments.image.as_ref(), "image"),
+            (self.arguments.disk.as_ref(), "disk-1G"),
+        ];
+        for (part, name) in parts {
+            if let Some(part) = part {
+                std::os::unix::fs::symlink(part, assets.join(name))
+                    .attempt(format!("cannot link {name}"))?;
+            }
+        }
+        let Some(vmm) = self.vmms.first().cloned() else {
+            return Ok(());
+        };
+        let programs = session::Programs {
+            belljar: belljar.clone(),
+            vmm: vmm.path,
+            assets,
+            tool: tool.clone(),
+            work: work.clone(),
+        };
+        let samples = session::measure(&programs, 40)?;
+        let _ = fs::remove_dir_all(work);
+        for samples in samples {
+            self.report.add(&vmm.name, run, tracing, &samples)?;
         }
         Ok(())
     }

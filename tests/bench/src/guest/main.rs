@@ -5,8 +5,9 @@ mod vsock;
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use belljar_bench::wire::{BLOCK_PORT, BOOT_PORT, BULK_PORT, Boot, Bulk, ECHO_PORT};
 use rustix::time::{ClockId, clock_gettime};
@@ -16,6 +17,12 @@ const BUFFER: usize = 1 << 20;
 
 fn main() {
     let init_ns = boottime_ns();
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["--true"] => return,
+        ["--spawn", count] => return spawn(count.parse().unwrap_or(0)),
+        _ => {}
+    }
     // A guest that cannot talk has nobody to tell; the host notices its silence.
     let _ = serve(init_ns);
     loop {
@@ -28,6 +35,22 @@ fn boottime_ns() -> u64 {
     let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
     let rest = u64::try_from(now.tv_nsec).unwrap_or(0);
     seconds.saturating_mul(1_000_000_000).saturating_add(rest)
+}
+
+/// Starts itself again and again to do nothing, and prints how many nanoseconds each took.
+fn spawn(count: u32) {
+    for _ in 0..count {
+        let start = Instant::now();
+        let status = Command::new("/proc/self/exe").arg("--true").status();
+        let time = start.elapsed();
+        match status {
+            Ok(status) if status.success() => println!("{}", time.as_nanos()),
+            other => {
+                eprintln!("{other:?}");
+                std::process::exit(1);
+            }
+        }
+    }
 }
 
 fn serve(init_ns: u64) -> io::Result<()> {
