@@ -9,6 +9,7 @@
     clippy::indexing_slicing
 )]
 
+pub mod endurance;
 pub mod files;
 pub mod guest;
 mod sandbox;

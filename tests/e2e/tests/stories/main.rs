@@ -8,6 +8,7 @@
 
 mod crashes;
 mod doctor;
+mod endurance;
 mod failures;
 mod lifecycle;
 mod run;
