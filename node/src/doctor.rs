@@ -9,8 +9,11 @@ use serde::Serialize;
 
 use crate::assets::{AssetError, Assets};
 use crate::cpu;
+use crate::leftovers::{self, Advice};
+use crate::lifecycle::LifeError;
+use crate::registry::{self, Listed};
 use crate::sandbox::Programs;
-use crate::state::{Condition, Leftover, SandboxDir, StateError, StateRoot};
+use crate::state::{StateError, StateRoot};
 use crate::sys::{self, Kvm};
 
 /// What a check found.
@@ -265,55 +268,50 @@ fn state_directory(root: &StateRoot) -> Check {
 }
 
 fn leftovers(root: &StateRoot, clean: bool) -> Vec<Check> {
-    let name = "leftovers";
-    let found = match root.list() {
+    let name = "sandboxes";
+    let found = match registry::list(root) {
         Ok(found) => found,
         Err(error) => return vec![Check::failed(name, error.to_string(), "make it readable")],
     };
-    let mut running = 0usize;
-    let mut checks = Vec::new();
-    for sandbox in found {
-        match sandbox.condition() {
-            Ok(Condition::Owned(_)) => running = running.saturating_add(1),
-            Ok(Condition::Left(leftover)) => {
-                checks.push(leftover_check(&sandbox, &leftover, clean));
-            }
-            Err(error) => checks.push(Check::failed(name, error.to_string(), "remove it by hand")),
-        }
-    }
-    if checks.is_empty() {
-        checks.push(Check::ok(
-            name,
-            format!("none; {running} sandboxes are running"),
-        ));
-    }
+    let up = found.iter().filter(|listed| listed.state.is_up()).count();
+    let mut checks = vec![Check::ok(
+        name,
+        format!("{} in all, {up} running", found.len()),
+    )];
+    checks.extend(
+        found
+            .iter()
+            .filter_map(|listed| leftover_check(listed, clean)),
+    );
     checks
 }
 
-fn leftover_check(sandbox: &SandboxDir, leftover: &Leftover, clean: bool) -> Check {
+/// What is wrong with a sandbox, and what becomes of it; `None` if nothing is.
+fn leftover_check(listed: &Listed, clean: bool) -> Option<Check> {
     let name = "leftovers";
-    let id = sandbox.id();
-    let why = match leftover {
-        Leftover::Rebooted => "this machine was booted again while it ran".to_owned(),
-        Leftover::SupervisorDied => "its supervisor was killed, and its VMM with it".to_owned(),
-        Leftover::VmmAlone(vmm) => {
-            format!(
-                "its supervisor was killed, its VMM (pid {}) still runs",
-                vmm.pid
-            )
+    let id = listed.found.id();
+    let found = format!("sandbox {}: {}", listed.called(), listed.state.reason());
+    let done = match leftovers::advise(listed) {
+        Advice::Fine => return None,
+        Advice::Keep => {
+            let remedy = format!(
+                "its disk is kept: 'belljar start {id}' starts it again, 'belljar rm {id}' removes it"
+            );
+            return Some(Check::note(name, found, remedy));
         }
-        Leftover::EndedUnremoved(ended) => format!("{}, and nobody removed it", ended.meaning),
-        Leftover::NeverStarted => "it was never started".to_owned(),
+        Advice::ByHand => return Some(Check::failed(name, found, "remove it by hand")),
+        Advice::End => "ended, its disk is kept",
+        Advice::Remove => "removed",
     };
-    let found = format!("sandbox {id}: {why}");
     if !clean {
-        return Check::failed(name, found, "'belljar doctor --clean' removes it");
+        let remedy = format!("'belljar doctor --clean' cleans it up ({done})");
+        return Some(Check::failed(name, found, remedy));
     }
-    match sandbox.clean() {
-        Ok(true) => Check::ok(name, format!("{found}; removed")),
-        Ok(false) => Check::note(name, found, "somebody else has it in hand"),
+    Some(match leftovers::clean(listed) {
+        Ok(_) => Check::ok(name, format!("{found}; {done}")),
+        Err(error @ LifeError::Busy(_)) => Check::note(name, found, error.to_string()),
         Err(error) => Check::failed(name, error.to_string(), "remove it by hand"),
-    }
+    })
 }
 
 fn host_kernel() -> Check {
@@ -388,7 +386,7 @@ mod tests {
         drop(lock);
         let told = leftovers(&root, false);
         assert!(has_failures(&told));
-        assert!(told[0].found.contains(dir.id()) && told[0].remedy.contains("--clean"));
+        assert!(told[1].found.contains(dir.id()) && told[1].remedy.contains("--clean"));
         assert!(!has_failures(&leftovers(&root, true)));
         assert!(!dir.path().exists());
     }

@@ -1,8 +1,10 @@
 //! What this machine can do with sandboxes. Every verb of the command line is a function here first.
 #![deny(unsafe_code)]
 
+pub mod accounting;
 pub mod assets;
 pub mod bounded_log;
+pub mod cgroup;
 pub mod cpu;
 pub mod diagnosis;
 pub mod disk;
@@ -11,7 +13,9 @@ pub mod drive;
 pub mod ending;
 pub mod exec;
 pub mod guest;
+pub mod leftovers;
 pub mod lifecycle;
+pub mod pipe;
 pub mod poll;
 pub mod ports;
 pub mod registry;

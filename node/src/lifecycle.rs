@@ -92,7 +92,7 @@ pub fn start(
         }
     }
     Ok(Sandbox::start(
-        found.dir().clone(),
+        found.dir(),
         lock,
         programs,
         assets,

@@ -86,9 +86,8 @@ impl BootError {
             Self::Name(ClaimError::Taken { .. }) => {
                 "choose another name, or remove that sandbox with 'belljar rm'"
             }
-            Self::Name(_) => return None,
             Self::Disk(_) => "check the space below the state directory (BELLJAR_STATE)",
-            Self::Drive(_) | Self::Invalid(_) | Self::Cancelled => return None,
+            Self::Name(_) | Self::Drive(_) | Self::Invalid(_) | Self::Cancelled => return None,
             Self::NoVmm(_) => "run 'make build', or name it with --vmm",
             Self::Supervisor { .. } | Self::NotStarted(_) => "'belljar doctor' checks this machine",
             Self::Api(ApiError::Refused { path, .. }) => refused_remedy(path),

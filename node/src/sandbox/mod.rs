@@ -111,7 +111,7 @@ impl Sandbox {
         }
         let (dir, lock) = create(root, new)?;
         let assets = &new.guest.assets;
-        Self::start(dir, lock, programs, assets, limits, stages)
+        Self::start(&dir, lock, programs, assets, limits, stages)
     }
 
     /// Starts a sandbox that was made before. `lock` is its lock.
@@ -119,7 +119,7 @@ impl Sandbox {
     /// # Errors
     /// Where it ended early. A sandbox that is not persistent is removed then.
     pub fn start(
-        dir: SandboxDir,
+        dir: &SandboxDir,
         lock: File,
         programs: &Programs,
         assets: &Assets,
@@ -127,7 +127,7 @@ impl Sandbox {
         stages: &mut Stages,
     ) -> Result<Self, BootError> {
         let deadline = Instant::now() + limits.boot;
-        let spawned = Self::prepare(&dir, programs, assets).and_then(|(config, life)| {
+        let spawned = Self::prepare(dir, programs, assets).and_then(|(config, life)| {
             Ok((config, Self::spawn(programs, dir.clone(), lock, life)?))
         });
         let (config, mut sandbox) = match spawned {

@@ -433,6 +433,7 @@ impl SandboxDir {
     /// # Errors
     /// Something cannot be removed.
     pub fn forget_last_run(&self) -> Result<(), StateError> {
+        self.remove_cgroup();
         let ready = format!("{VSOCK_SOCKET}_{}", belljar_protocol::READY_PORT);
         let names = [
             API_SOCKET,
@@ -466,6 +467,7 @@ impl SandboxDir {
             self.path.clone()
         } else {
             self.release_own_name();
+            self.remove_cgroup();
             let doomed = self.path.with_added_extension(REMOVING);
             match fs::rename(&self.path, &doomed) {
                 Ok(()) => doomed,
@@ -481,6 +483,14 @@ impl SandboxDir {
         }
     }
 
+    /// A supervisor that was killed left it.
+    fn remove_cgroup(&self) {
+        let owner: Option<Owner> = self.read_record(OWNER).ok().flatten();
+        if let Some(cgroup) = owner.and_then(|owner| owner.cgroup) {
+            crate::cgroup::remove(&cgroup);
+        }
+    }
+
     /// The name, if it has one, can be given to another one from now on.
     fn release_own_name(&self) {
         let spec: Option<SandboxSpec> = self.read_record(CONFIG).ok().flatten();
@@ -491,36 +501,6 @@ impl SandboxDir {
         {
             root.release_name(&name, &self.id);
         }
-    }
-
-    /// Removes what a crash left, VMM included; `false` if it has an owner after all.
-    ///
-    /// # Errors
-    /// Something in it cannot be removed.
-    pub fn clean(&self) -> Result<bool, StateError> {
-        let Condition::Left(leftover) = self.condition()? else {
-            return Ok(false);
-        };
-        let Some(_lock) = self.try_lock()? else {
-            return Ok(false);
-        };
-        if let Leftover::VmmAlone(vmm) = leftover {
-            kill_exactly(vmm);
-        }
-        self.remove()?;
-        Ok(true)
-    }
-}
-
-/// Kills the recorded process and no other: the descriptor is taken first, then the record compared.
-fn kill_exactly(process: ProcessRecord) {
-    use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-    let pid = i32::try_from(process.pid).ok().and_then(Pid::from_raw);
-    let Some(pidfd) = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) else {
-        return;
-    };
-    if process.is_alive() {
-        let _ = pidfd_send_signal(&pidfd, Signal::KILL);
     }
 }
 

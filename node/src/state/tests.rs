@@ -20,14 +20,13 @@ fn a_new_sandbox_is_owned_while_its_lock_is_held() {
     assert!(root.list().unwrap().is_empty());
     let (dir, lock) = root.create().unwrap();
     assert_eq!(dir.condition().unwrap(), Condition::Owned(None));
-    assert!(!dir.clean().unwrap());
     drop(lock);
     assert_eq!(
         dir.condition().unwrap(),
         Condition::Left(Leftover::NeverStarted)
     );
     assert_eq!(root.list().unwrap().len(), 1);
-    assert!(dir.clean().unwrap());
+    dir.remove().unwrap();
     assert!(root.list().unwrap().is_empty());
 }
 

@@ -20,6 +20,7 @@ use std::time::{Duration, Instant, SystemTime};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::bounded_log::BoundedLog;
+use crate::cgroup;
 use crate::ending::{Ended, Meaning};
 use crate::poll::PollSet;
 use crate::state::spec::{Life, SandboxSpec};
@@ -90,6 +91,8 @@ struct Supervisor {
     console: Option<UnixStream>,
     console_log: BoundedLog,
     signals: SignalFd,
+    /// What limits the VMM's CPU time.
+    cgroup: Option<PathBuf>,
     released: bool,
     torn_down: bool,
 }
@@ -119,11 +122,19 @@ impl Supervisor {
         let supervisor = ProcessRecord::of(std::process::id());
         let spec: Option<SandboxSpec> = dir.read_record(state::CONFIG).map_err(io::Error::other)?;
         let spec = spec.unwrap_or_default();
-        let record = Owner::new(
-            supervisor.ok_or(io::ErrorKind::NotFound)?,
-            ProcessRecord::of(vmm.id()),
-            spec.life != Life::Persistent,
-        );
+        let cgroup = spec
+            .cpu_limit_milli
+            .map(|milli| cgroup::limit(dir.id(), milli, vmm.id()))
+            .transpose()
+            .map_err(io::Error::other)?;
+        let record = Owner {
+            cgroup: cgroup.clone(),
+            ..Owner::new(
+                supervisor.ok_or(io::ErrorKind::NotFound)?,
+                ProcessRecord::of(vmm.id()),
+                spec.life != Life::Persistent,
+            )
+        };
         dir.write_record(state::OWNER, &record)
             .map_err(io::Error::other)?;
         Ok(Self {
@@ -135,6 +146,7 @@ impl Supervisor {
             console_log: BoundedLog::new(dir.file(state::CONSOLE_LOG), LOG_LIMIT),
             dir,
             signals,
+            cgroup,
             released: false,
             torn_down: false,
         })
@@ -216,6 +228,9 @@ impl Supervisor {
     /// Reaps the VMM and writes how it ended.
     fn end(&mut self) -> io::Result<Ended> {
         let (status, usage) = sys::wait_with_usage(self.vmm.id())?;
+        if let Some(cgroup) = &self.cgroup {
+            cgroup::remove(cgroup);
+        }
         if let Some(output) = &mut self.output {
             drain(output, &mut self.log);
         }

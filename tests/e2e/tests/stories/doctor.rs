@@ -22,7 +22,7 @@ fn a_machine_that_can_run_guests_passes() {
         "guest kernel",
         "VMM",
         "state directory",
-        "leftovers",
+        "sandboxes",
     ] {
         assert!(names.contains(&name), "{name} is not in {names:?}");
     }
