@@ -18,6 +18,7 @@ pub mod lifecycle;
 pub mod pipe;
 pub mod poll;
 pub mod ports;
+pub mod process;
 pub mod registry;
 pub mod sandbox;
 pub mod size;

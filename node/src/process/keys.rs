@@ -132,7 +132,11 @@ mod tests {
             ("Ctrl-@,x", &[0, b'x']),
             ("none", &[]),
         ] {
-            assert_eq!(text.parse::<DetachKeys>().unwrap().sequence, bytes, "{text}");
+            assert_eq!(
+                text.parse::<DetachKeys>().unwrap().sequence,
+                bytes,
+                "{text}"
+            );
         }
         for text in ["", "ctrl-", "ctrl-1", "ab", "a,,b", "ctrl-pp", "é", "a,"] {
             assert!(text.parse::<DetachKeys>().is_err(), "{text}");
@@ -142,7 +146,10 @@ mod tests {
 
     #[test]
     fn the_sequence_leaves_however_it_is_cut() {
-        assert_eq!(typed("ctrl-p,ctrl-q", &[b"ls\x10\x11x"]), (b"ls".to_vec(), true));
+        assert_eq!(
+            typed("ctrl-p,ctrl-q", &[b"ls\x10\x11x"]),
+            (b"ls".to_vec(), true)
+        );
         assert_eq!(typed("ctrl-p,ctrl-q", &[b"\x10", b"\x11"]), (vec![], true));
     }
 
@@ -152,7 +159,10 @@ mod tests {
             typed("ctrl-p,ctrl-q", &[b"\x10", b"a\x11"]),
             (b"\x10a\x11".to_vec(), false)
         );
-        assert_eq!(typed("ctrl-p,ctrl-q", &[b"\x10\x10\x11"]), (vec![0x10], true));
+        assert_eq!(
+            typed("ctrl-p,ctrl-q", &[b"\x10\x10\x11"]),
+            (vec![0x10], true)
+        );
         // The last try begins within the first.
         assert_eq!(typed("a,b,a,c", &[b"ababac"]), (b"ab".to_vec(), true));
         assert_eq!(typed("none", &[b"\x10\x11"]), (b"\x10\x11".to_vec(), false));

@@ -26,7 +26,7 @@ enum State {
 
 /// See the module. Follows the output of a program; pure.
 #[derive(Debug, Default)]
-pub struct Modes {
+pub(super) struct Modes {
     state: State,
     parameters: Vec<u16>,
     current: u16,
@@ -40,7 +40,7 @@ pub struct Modes {
 
 impl Modes {
     /// Looks at output.
-    pub fn follow(&mut self, bytes: &[u8]) {
+    pub(super) fn follow(&mut self, bytes: &[u8]) {
         for &byte in bytes {
             self.state = self.step(byte);
         }
@@ -121,7 +121,7 @@ impl Modes {
 
     /// What switches everything off that is still on; empty if nothing is.
     #[must_use]
-    pub fn restore(&self) -> Vec<u8> {
+    pub(super) fn restore(&self) -> Vec<u8> {
         let mut out = Vec::new();
         // An unfinished sequence would swallow what follows.
         if self.state != State::Text {
@@ -162,11 +162,9 @@ mod tests {
     #[test]
     fn what_a_program_leaves_on_is_switched_off() {
         // As an editor begins.
-        let text = after(b"\x1b[?1049h\x1b[22;0;0t\x1b[?1h\x1b=\x1b[?2004h\x1b[?25lfile\x1b[1;31mred");
-        assert_eq!(
-            text,
-            "\x1b[0m\x1b>\x1b[?1l\x1b[?2004l\x1b[?1049l\x1b[?25h"
-        );
+        let text =
+            after(b"\x1b[?1049h\x1b[22;0;0t\x1b[?1h\x1b=\x1b[?2004h\x1b[?25lfile\x1b[1;31mred");
+        assert_eq!(text, "\x1b[0m\x1b>\x1b[?1l\x1b[?2004l\x1b[?1049l\x1b[?25h");
         assert_eq!(after(b"\x1b[?1000;1006h"), "\x1b[?1000l\x1b[?1006l");
         assert_eq!(after(b"\x1b[?104"), "\x18");
     }

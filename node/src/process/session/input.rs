@@ -30,6 +30,9 @@ pub(super) struct Input {
     session: u64,
     ended: bool,
     end_given: bool,
+    /// What the agent says it has taken. A connection's first byte is that at `base` nevertheless, as its
+    /// request said; the agent drops what it has.
+    taken_before: u64,
 }
 
 impl Input {
@@ -64,19 +67,27 @@ impl Input {
             self.session = session;
         }
         self.confirmed = session != 0;
-        self.taken(taken)
+        if taken > self.given_up_to {
+            return Err(SessionError::Offset);
+        }
+        self.taken_before = taken;
+        Ok(())
     }
 
     pub(super) fn taken(&mut self, count: u64) -> Result<(), SessionError> {
         if count > self.given_up_to {
             return Err(SessionError::Offset);
         }
-        let done = count.saturating_sub(self.base);
-        let done = usize::try_from(done)
-            .unwrap_or(usize::MAX)
-            .min(self.held.len());
-        self.drop_front(done);
+        self.taken_before = self.taken_before.max(count);
+        self.drop_taken(count);
         Ok(())
+    }
+
+    fn drop_taken(&mut self, count: u64) {
+        let done = count.saturating_sub(self.base);
+        let done = usize::try_from(done).unwrap_or(usize::MAX);
+        // Never what this connection still has to be given.
+        self.drop_front(done.min(self.given));
     }
 
     fn drop_front(&mut self, count: usize) {
@@ -124,6 +135,8 @@ impl Input {
             self.given_up_to = self.given_up_to.max(up_to);
             if !self.confirmed {
                 self.drop_front(self.given);
+            } else if up_to >= self.taken_before {
+                self.drop_taken(self.taken_before);
             }
         }
         if self.ended && !self.end_given && self.given == self.held.len() && out.len() < limit {

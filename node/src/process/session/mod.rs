@@ -276,7 +276,13 @@ impl Session {
         Ok(())
     }
 
-    /// True until the last event.
+    /// The connection has done its part ([`Step::Redial`], [`Step::Later`]) and is closed.
+    pub fn moved_on(&mut self) {
+        self.link = Link::Down;
+        self.input.disconnected();
+    }
+
+    /// True after the last event.
     #[must_use]
     pub fn is_over(&self) -> bool {
         self.link == Link::Over

@@ -1,0 +1,30 @@
+//! Processes and terminals in a guest, from outside: started, attached to, listed, signalled, waited for.
+//!
+//! [`session`] is the pure machine behind a process that one is connected with, [`pump`] connects it with
+//! descriptors of the host, [`dial`] makes its connections. The other calls are one question and one
+//! answer each.
+
+mod dial;
+mod error;
+mod keys;
+mod modes;
+mod outcome;
+mod pump;
+mod retry;
+pub mod session;
+mod sink;
+mod spec;
+pub mod terminal;
+
+use std::time::Duration;
+
+pub use dial::{Dial, DirectDial, VsockDial};
+pub use error::SessionError;
+pub use keys::{DetachKeys, KeysError};
+pub use outcome::{Outcome, exit_status};
+pub use pump::{Io, Notice, OnInterrupt, Patience, SIGNALS, TERMINAL_SIGNALS, run};
+pub use session::{Channel, Session, Started};
+pub use spec::{ExecSpec, Rlimit, RlimitError, given_name};
+
+/// Between SIGTERM and SIGKILL when the time of a process is over.
+const GRACE: Duration = Duration::from_secs(2);
