@@ -4,6 +4,7 @@
 //! descriptors of the host, [`dial`] makes its connections. The other calls are one question and one
 //! answer each.
 
+mod calls;
 mod dial;
 mod error;
 mod keys;
@@ -12,18 +13,24 @@ mod outcome;
 mod pump;
 mod retry;
 pub mod session;
+mod signals;
 mod sink;
 mod spec;
 pub mod terminal;
 
 use std::time::Duration;
 
+pub use calls::{
+    ProcessError, Selector, SelectorError, check_name, forget, inspect, list, resize, screen,
+    signal, wait,
+};
 pub use dial::{Dial, DirectDial, VsockDial};
 pub use error::SessionError;
 pub use keys::{DetachKeys, KeysError};
 pub use outcome::{Outcome, exit_status};
 pub use pump::{Io, Notice, OnInterrupt, Patience, SIGNALS, TERMINAL_SIGNALS, run};
 pub use session::{Channel, Session, Started};
+pub use signals::signal_number;
 pub use spec::{ExecSpec, Rlimit, RlimitError, given_name};
 
 /// Between SIGTERM and SIGKILL when the time of a process is over.

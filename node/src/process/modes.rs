@@ -49,9 +49,8 @@ impl Modes {
     fn step(&mut self, byte: u8) -> State {
         match (self.state, byte) {
             (_, 0x1b) => State::Escape,
-            // Cancel, substitute.
-            (_, 0x18 | 0x1a) => State::Text,
-            (State::Text, _) => State::Text,
+            // Cancel and substitute end a sequence.
+            (_, 0x18 | 0x1a) | (State::Text, _) => State::Text,
             (State::Escape, b'[') => {
                 self.parameters.clear();
                 self.current = 0;

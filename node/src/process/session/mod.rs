@@ -248,9 +248,11 @@ impl Session {
         let lost = std::mem::take(&mut self.in_flight);
         self.controls.splice(0..0, lost);
         match link {
-            Link::Down | Link::Greeting(Ask::Probe) | Link::Asked(Ask::Probe) => {}
+            // Nothing but a question was asked.
+            Link::Down
+            | Link::Greeting(Ask::Probe | Ask::Attach)
+            | Link::Asked(Ask::Probe | Ask::Attach) => {}
             Link::Over => self.link = Link::Over,
-            Link::Greeting(Ask::Attach) | Link::Asked(Ask::Attach) => {}
             Link::Greeting(Ask::Exec) | Link::Asked(Ask::Exec) => {
                 // As long as a byte of the request is here, nobody can have carried it out.
                 if self.request_left == 0 {

@@ -180,7 +180,7 @@ fn a_reply_that_was_lost_starts_nothing_twice() {
     story.finish();
     assert_eq!(story.agent.starts, 1);
     assert_eq!(story.collected.out, b"once");
-    assert_eq!(story.collected.started.unwrap().existed, false);
+    assert!(!story.collected.started.unwrap().existed);
 }
 
 #[test]
