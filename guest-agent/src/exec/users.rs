@@ -96,6 +96,27 @@ pub(crate) fn resolve(spec: &str, passwd: &[u8], group: &[u8]) -> Result<Identit
     Ok(identity)
 }
 
+/// The name of a user, by the content of passwd.
+pub(crate) fn user_name(passwd: &[u8], uid: u32) -> Option<&[u8]> {
+    entries(passwd)
+        .find(|entry| entry.uid == uid)
+        .map(|entry| entry.name)
+}
+
+/// The name of a group, by the content of group.
+pub(crate) fn group_name(group: &[u8], gid: u32) -> Option<&[u8]> {
+    group_entries(group)
+        .find(|(_, number, _)| *number == gid)
+        .map(|(name, _, _)| name)
+}
+
+/// The number of a group, given by name or number.
+pub(crate) fn group_number(group: &[u8], wanted: &str) -> Result<u32, UserError> {
+    parse_id(wanted.as_bytes())
+        .or_else(|| group_id(group, wanted.as_bytes()))
+        .ok_or_else(|| UserError::Group(wanted.to_owned()))
+}
+
 struct Entry<'a> {
     name: &'a [u8],
     uid: u32,

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use belljar_protocol::v1::{self, error::Code, reply::Result as Answer, request::Call};
 
 use super::conn::Conn;
-use super::{Answered, Context, Outcome, ports, refusal};
+use super::{Answered, Context, Outcome, files, ports, refusal};
 
 /// Carries out a call, up to the end of its stream if it has one.
 pub(super) fn answer(context: &Context, conn: &mut Conn, request: v1::Request) -> Answered {
@@ -20,6 +20,7 @@ pub(super) fn answer(context: &Context, conn: &mut Conn, request: v1::Request) -
         Call::Touch(_) => Ok(Outcome::Reply(Answer::Touch(v1::Touched {}))),
         Call::Connect(call) => ports::connect(context, conn, call),
         Call::ListPorts(_) => ports::list(),
+        call if files::is_call(&call) => files::answer(context, conn, call),
         _ => Err(unknown().into()),
     }
 }

@@ -157,6 +157,20 @@ impl Conn {
         Ok(())
     }
 
+    /// Bytes that are here, after a read if there are none; empty at the end of the stream. They stay
+    /// until [`Self::consume`] takes them. For streams that are not decoded frame by frame.
+    pub(crate) fn peek(&mut self) -> Result<&[u8], ConnError> {
+        if !self.has_unread() {
+            self.fill()?;
+        }
+        Ok(self.buffer.get(self.unread.clone()).unwrap_or_default())
+    }
+
+    /// Takes bytes off the front of what [`Self::peek`] showed.
+    pub(crate) fn consume(&mut self, count: usize) {
+        self.unread.start = self.unread.start.saturating_add(count).min(self.unread.end);
+    }
+
     /// The socket, and bytes of it that were read already.
     pub(crate) fn into_parts(self) -> (OwnedFd, Vec<u8>) {
         let unread = self.buffer.get(self.unread).unwrap_or_default().to_vec();

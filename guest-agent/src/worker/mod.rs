@@ -6,6 +6,7 @@
 
 mod calls;
 mod conn;
+mod files;
 mod ports;
 mod procfs;
 
@@ -132,6 +133,8 @@ impl Context {
 
     /// Begins to serve, in threads of its own.
     pub(crate) fn serve(self: &Arc<Self>) {
+        // Calls say the mode of what they make.
+        rustix::process::umask(rustix::fs::Mode::empty());
         self.add_thread();
     }
 
