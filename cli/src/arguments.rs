@@ -40,7 +40,11 @@ pub(crate) enum Verb {
     Resume(verbs::pause::Resume),
     Inspect(verbs::inspect::Args),
     Port(verbs::port::Args),
+    Debug(verbs::debug::Args),
     Doctor(verbs::doctor::Args),
+    Completion(verbs::completion::Args),
+    #[command(hide = true)]
+    Man(verbs::completion::ManArgs),
     /// Describe belljar, or one of its verbs
     #[command(hide = true)]
     Help {
@@ -62,7 +66,10 @@ impl Verb {
             Self::Ls(args) => verbs::ls::ls(args),
             Self::Inspect(args) => verbs::inspect::inspect(args),
             Self::Port(args) => verbs::port::port(args),
+            Self::Debug(args) => verbs::debug::debug(args),
             Self::Doctor(args) => verbs::doctor::doctor(args),
+            Self::Completion(args) => verbs::completion::completion(args),
+            Self::Man(args) => verbs::completion::man(args),
             Self::Help { verb } => help(verb),
         }
     }

@@ -171,6 +171,25 @@ pub(crate) fn escaped_bytes(bytes: &[u8]) -> String {
     fit
 }
 
+/// A log, fit for a terminal: lines stay lines, and tabs stay tabs.
+pub(crate) fn printable_lines(bytes: &[u8]) -> String {
+    let mut fit = String::with_capacity(bytes.len());
+    for line in bytes.split_inclusive(|byte| *byte == b'\n') {
+        let (text, end) = match line.strip_suffix(b"\n") {
+            Some(text) => (text.strip_suffix(b"\r").unwrap_or(text), "\n"),
+            None => (line, ""),
+        };
+        for (index, cell) in text.split(|byte| *byte == b'\t').enumerate() {
+            if index > 0 {
+                fit.push('\t');
+            }
+            fit.push_str(&escaped_bytes(cell));
+        }
+        fit.push_str(end);
+    }
+    fit
+}
+
 /// Bytes for people: `512`, `1.5K`, `256M`.
 pub(crate) fn size(bytes: u64) -> String {
     let mut shift = 0;
@@ -235,6 +254,7 @@ mod tests {
         let mut table = Table::new(&["NAME"]);
         table.row(&["a\x1b[2J\n\u{202e}b"]);
         assert_eq!(table.render(), "NAME\na\\u{1b}[2J\\n\\u{202e}b\n");
+        assert_eq!(printable_lines(b"a\tb\r\n\x1b[m\nc"), "a\tb\n\\u{1b}[m\nc");
         assert_eq!(escaped_bytes(b"a\xff\x07\xc3\xa4"), "a\\xff\\u{7}ä");
     }
 

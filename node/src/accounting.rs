@@ -29,33 +29,62 @@ impl CpuTimes {
     }
 }
 
-/// CPU time of the VMM's threads; `None` if the process is gone. Costs two small files a thread.
+/// A thread of a VMM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Thread {
+    pub tid: u32,
+    pub name: String,
+    /// CPU time since its start, in microseconds.
+    pub ran_us: u64,
+}
+
+/// The threads of a process; none if it is gone. Costs two small files a thread.
+#[must_use]
+pub fn threads(process: ProcessRecord) -> Vec<Thread> {
+    let Ok(entries) = fs::read_dir(format!("/proc/{}/task", process.pid)) else {
+        return Vec::new();
+    };
+    let threads: Vec<Thread> = entries
+        .flatten()
+        .filter_map(|entry| {
+            let task = entry.path();
+            // A thread that ended in between has no files any more.
+            Some(Thread {
+                tid: entry.file_name().to_str()?.parse().ok()?,
+                name: fs::read_to_string(task.join("comm"))
+                    .ok()?
+                    .trim()
+                    .to_owned(),
+                ran_us: run_time(&task)?,
+            })
+        })
+        .collect();
+    // The pid could have been given away while its threads were read.
+    if process.is_alive() {
+        threads
+    } else {
+        Vec::new()
+    }
+}
+
+/// CPU time of the VMM's threads; `None` if the process is gone.
 #[must_use]
 pub fn cpu_times(vmm: ProcessRecord) -> Option<CpuTimes> {
+    let threads = threads(vmm);
+    if threads.is_empty() {
+        return None;
+    }
     let mut vcpus: Vec<(u32, u64)> = Vec::new();
     let mut times = CpuTimes::default();
-    for entry in fs::read_dir(format!("/proc/{}/task", vmm.pid))
-        .ok()?
-        .flatten()
-    {
-        let task = entry.path();
-        // A thread that ended in between has no files any more.
-        let Ok(name) = fs::read_to_string(task.join("comm")) else {
-            continue;
-        };
-        let Some(ran) = run_time(&task) else { continue };
-        let number = name
-            .trim()
+    for thread in threads {
+        let number = thread
+            .name
             .strip_prefix("vcpu")
             .and_then(|n| n.parse().ok());
         match number {
-            Some(number) => vcpus.push((number, ran)),
-            None => times.other_us = times.other_us.saturating_add(ran),
+            Some(number) => vcpus.push((number, thread.ran_us)),
+            None => times.other_us = times.other_us.saturating_add(thread.ran_us),
         }
-    }
-    // The pid could have been given away while its threads were read.
-    if !vmm.is_alive() {
-        return None;
     }
     vcpus.sort_unstable();
     times.vcpus_us = vcpus.into_iter().map(|(_, ran)| ran).collect();

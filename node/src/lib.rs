@@ -25,6 +25,7 @@ pub mod size;
 pub mod stages;
 pub mod state;
 pub mod supervisor;
+pub mod symptoms;
 pub mod sys;
 pub mod vmm;
 

@@ -1,6 +1,8 @@
 //! One file a verb: its arguments, and the function that carries it out and returns the exit status.
 
+pub(crate) mod completion;
 pub(crate) mod create;
+pub(crate) mod debug;
 pub(crate) mod doctor;
 pub(crate) mod inspect;
 pub(crate) mod ls;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use belljar_node::poll::PollSet;
 use belljar_node::ports::{self, Forward, Forwarding, Note};
 use belljar_node::registry::Found;
+use belljar_node::supervisor::control::{self, Request};
 use belljar_node::sys::{SIGHUP, SIGINT, SIGTERM, SignalFd};
 use serde_json::{Value, json};
 
@@ -32,6 +33,8 @@ Examples:
   belljar port box 0.0.0.0:8080:80          for other machines, too
   belljar port box 8080:/run/docker.sock    a Unix socket of the sandbox; @NAME is an abstract one
   belljar port box /tmp/web.sock:80         a Unix socket of this machine
+  belljar port -d box 8080:80               stays with the sandbox until that stops
+  belljar port --forwards box               what stays so; --remove 8080 ends it
 
 A port that nobody listens on in the sandbox yet is no error: connections to it are reset, and the reason is
 printed, until somebody does.")]
@@ -43,6 +46,18 @@ pub(crate) struct Args {
     #[arg(value_name = "[HOST:]PORT[:GUESTPORT]")]
     forward: Vec<Forward>,
 
+    /// Leave the forwarding to the sandbox's supervisor, and return
+    #[arg(short, long, requires = "forward")]
+    detach: bool,
+
+    /// List what the sandbox's supervisor forwards
+    #[arg(long, conflicts_with = "forward")]
+    forwards: bool,
+
+    /// End what the sandbox's supervisor forwards from this port, address or socket of this machine
+    #[arg(long, value_name = "LISTEN", conflicts_with_all = ["forward", "forwards"])]
+    remove: Vec<String>,
+
     #[command(flatten)]
     output: OutputOption,
 }
@@ -51,7 +66,9 @@ pub(crate) struct Args {
 pub(crate) fn port(args: &Args) -> u8 {
     let found = args.sandbox.find();
     status_of(found.and_then(|found| {
-        if args.forward.is_empty() {
+        if args.detach || args.forwards || !args.remove.is_empty() {
+            leave_to_supervisor(&found, args)
+        } else if args.forward.is_empty() {
             list(&found, args.output.format())
         } else {
             forward(&found, args)
@@ -87,6 +104,41 @@ fn list(found: &Found, format: Format) -> Result<u8, Failure> {
                 })
                 .collect();
             output::print_json(&all);
+        }
+    }
+    Ok(0)
+}
+
+fn leave_to_supervisor(found: &Found, args: &Args) -> Result<u8, Failure> {
+    let add = args.forward.iter().map(|forward| Request::Add {
+        forward: forward.to_string(),
+    });
+    let remove = args.remove.iter().map(|listen| Request::Remove {
+        listen: listen.clone(),
+    });
+    let list = args.forwards.then_some(Request::List {});
+    if args.detach {
+        // That the guest answers is worth knowing before one relies on it.
+        ports::list(found)?;
+    }
+    let mut told = Vec::new();
+    for request in add.chain(remove).chain(list) {
+        told.extend(
+            control::ask(found, &request).map_err(|error| match error.remedy() {
+                Some(remedy) => Failure::with_remedy(&error, remedy),
+                None => Failure::new(&error),
+            })?,
+        );
+    }
+    match args.output.format() {
+        Format::Json => output::print_json(&told),
+        Format::Table => {
+            let mut table = Table::new(&["LISTENS ON", "GUEST", "OPEN", "TAKEN"]);
+            for forward in &told {
+                let (open, total) = (forward.open.to_string(), forward.total.to_string());
+                table.row(&[&forward.listen, &forward.target, &open, &total]);
+            }
+            output::print(&table.render());
         }
     }
     Ok(0)

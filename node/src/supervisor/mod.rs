@@ -6,12 +6,13 @@
 //! released the guest before, the VMM is killed. At the end the directory is removed, unless the
 //! sandbox is persistent.
 
+pub mod control;
 mod protocol;
 
 use std::ffi::OsString;
 use std::io::{self, PipeReader, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -23,10 +24,12 @@ use crate::bounded_log::BoundedLog;
 use crate::cgroup;
 use crate::ending::{Ended, Meaning};
 use crate::poll::PollSet;
+use crate::registry::Found;
 use crate::state::spec::{Life, SandboxSpec};
 use crate::state::{self, Owner, ProcessRecord, SandboxDir};
 use crate::sys::{self, SignalFd};
 
+use control::Control;
 pub(crate) use protocol::EventReader;
 pub use protocol::{ATTACH_CONSOLE, Event, RELEASE};
 
@@ -91,6 +94,9 @@ struct Supervisor {
     console: Option<UnixStream>,
     console_log: BoundedLog,
     signals: SignalFd,
+    /// For others than the owner.
+    control_socket: UnixListener,
+    control: Control,
     /// What limits the VMM's CPU time.
     cgroup: Option<PathBuf>,
     released: bool,
@@ -100,6 +106,9 @@ struct Supervisor {
 impl Supervisor {
     fn start(dir: SandboxDir, program: &OsString, arguments: Vec<OsString>) -> io::Result<Self> {
         let signals = SignalFd::new(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP])?;
+        // Named relative to the directory, which is the working directory.
+        let control_socket = UnixListener::bind(state::CONTROL_SOCKET)?;
+        let control = Control::new(Found::at(dir.clone()));
         let (output, vmm_output) = io::pipe()?;
         let mut command = Command::new(program);
         command
@@ -146,6 +155,8 @@ impl Supervisor {
             console_log: BoundedLog::new(dir.file(state::CONSOLE_LOG), LOG_LIMIT),
             dir,
             signals,
+            control_socket,
+            control,
             cgroup,
             released: false,
             torn_down: false,
@@ -169,10 +180,14 @@ impl Supervisor {
             if ready.signal && self.signals.take().is_some() {
                 self.tear_down();
             }
+            if ready.control {
+                self.control.accept(&self.control_socket);
+            }
             if ready.owner {
                 owner_present = self.obey(owner);
             }
         }
+        self.control.close();
         let ended = self.end()?;
         Event::Ended(Box::new(ended)).send(owner);
         Ok(())
@@ -182,6 +197,7 @@ impl Supervisor {
         let mut set = PollSet::default();
         let vmm = set.readable(self.vmm_pidfd.as_fd());
         let signal = set.readable(self.signals.as_fd());
+        let control = set.readable(self.control_socket.as_fd());
         let output = self.output.as_ref().map(|fd| set.readable(fd.as_fd()));
         let console = self.console.as_ref().map(|fd| set.readable(fd.as_fd()));
         let owner = owner.map(|fd| set.readable(fd.as_fd()));
@@ -190,6 +206,7 @@ impl Supervisor {
         Ok(Ready {
             vmm: polled.is_ready(vmm),
             signal: polled.is_ready(signal),
+            control: polled.is_ready(control),
             output: is_ready(output),
             console: is_ready(console),
             owner: is_ready(owner),
@@ -266,6 +283,7 @@ impl Supervisor {
 struct Ready {
     vmm: bool,
     signal: bool,
+    control: bool,
     output: bool,
     console: bool,
     owner: bool,
