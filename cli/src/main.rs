@@ -6,6 +6,7 @@ mod failure;
 mod options;
 mod output;
 mod report;
+mod session;
 mod values;
 mod verbs;
 

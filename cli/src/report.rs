@@ -69,6 +69,11 @@ fn millis(time: Duration) -> String {
     format!("{:.2}", time.as_secs_f64() * 1000.0)
 }
 
+/// Prints something that happens meanwhile; `end` is the end of the line, another one on a raw terminal.
+pub(crate) fn meanwhile(message: &str, end: &str) {
+    print(&format!("{}: {message}{end}", paint("belljar", "1")));
+}
+
 pub(crate) fn print(text: &str) {
     // Nobody to tell if standard error is closed.
     let _ = stderr().write_all(text.as_bytes());

@@ -27,10 +27,7 @@ impl GuestError {
         match self {
             Self::Connect(error) => Some(error.remedy()),
             Self::Call { id, source } => match source {
-                CallError::Refused {
-                    code: Code::Unimplemented,
-                    ..
-                } => Some(format!(
+                CallError::TooOld { .. } => Some(format!(
                     "its agent is older than this program: a new sandbox has the present one, {id} keeps its own"
                 )),
                 CallError::Timeout { .. } | CallError::Closed { .. } => Some(format!(

@@ -1,24 +1,13 @@
 //! The calls that are one question and one answer, to a sandbox that was found.
 
 use std::str::FromStr;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use belljar_protocol::client::{CallError, process};
+use belljar_protocol::client::process;
 use belljar_protocol::v1::{self, process_ref::Ref};
 
-use crate::registry::{ConnectError, Found};
-
-/// A guest that is up answers a question within this time.
-const LIMIT: Duration = Duration::from_secs(10);
-
-/// A call was not carried out.
-#[derive(Debug, thiserror::Error)]
-pub enum ProcessError {
-    #[error(transparent)]
-    Connect(#[from] ConnectError),
-    #[error("{0}")]
-    Call(#[from] CallError),
-}
+use crate::guest::{GuestError, call, soon};
+use crate::registry::Found;
 
 /// Which process: its id, its name, or `pid:N` by its number in the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -85,28 +74,24 @@ pub fn check_name(name: &str) -> Result<(), &'static str> {
     Ok(())
 }
 
-fn deadline() -> Instant {
-    Instant::now() + LIMIT
-}
-
 /// What runs in the guest; with `ended` also what has ended and is kept.
 ///
 /// # Errors
 /// The guest cannot be reached, or refuses.
-pub fn list(found: &Found, ended: bool) -> Result<Vec<v1::ProcessInfo>, ProcessError> {
-    let deadline = deadline();
-    let stream = found.agent(deadline)?;
-    Ok(process::list(stream, ended, Some(deadline))?)
+pub fn list(found: &Found, ended: bool) -> Result<Vec<v1::ProcessInfo>, GuestError> {
+    call(found, Some(soon()), |stream, deadline| {
+        process::list(stream, ended, deadline)
+    })
 }
 
 /// All about one process.
 ///
 /// # Errors
 /// There is none, or the guest cannot be reached.
-pub fn inspect(found: &Found, which: &Selector) -> Result<v1::ProcessInfo, ProcessError> {
-    let deadline = deadline();
-    let stream = found.agent(deadline)?;
-    Ok(process::inspect(stream, which.message(), Some(deadline))?)
+pub fn inspect(found: &Found, which: &Selector) -> Result<v1::ProcessInfo, GuestError> {
+    call(found, Some(soon()), |stream, deadline| {
+        process::inspect(stream, which.message(), deadline)
+    })
 }
 
 /// Sends a signal. True: it had ended before.
@@ -118,15 +103,15 @@ pub fn signal(
     which: &Selector,
     number: i32,
     scope: v1::signal::Scope,
-) -> Result<bool, ProcessError> {
-    let deadline = deadline();
-    let stream = found.agent(deadline)?;
+) -> Result<bool, GuestError> {
     let signal = v1::Signal {
         process: Some(which.message()),
         number: number.unsigned_abs(),
         scope: scope.into(),
     };
-    Ok(process::signal(stream, signal, Some(deadline))?)
+    call(found, Some(soon()), |stream, deadline| {
+        process::signal(stream, signal, deadline)
+    })
 }
 
 /// Waits for the end of a process; `None` if it still runs after `limit`.
@@ -137,53 +122,45 @@ pub fn wait(
     found: &Found,
     which: &Selector,
     limit: Option<Duration>,
-) -> Result<Option<v1::ProcessInfo>, ProcessError> {
-    let stream = found.agent(deadline())?;
-    Ok(process::wait(stream, which.message(), limit)?)
+) -> Result<Option<v1::ProcessInfo>, GuestError> {
+    call(found, None, |stream, _| {
+        process::wait(stream, which.message(), limit)
+    })
 }
 
 /// Drops what is kept of a process that has ended.
 ///
 /// # Errors
 /// It runs, or there is none, or the guest cannot be reached.
-pub fn forget(found: &Found, which: &Selector) -> Result<(), ProcessError> {
-    let deadline = deadline();
-    let stream = found.agent(deadline)?;
-    Ok(process::forget(stream, which.message(), Some(deadline))?)
+pub fn forget(found: &Found, which: &Selector) -> Result<(), GuestError> {
+    call(found, Some(soon()), |stream, deadline| {
+        process::forget(stream, which.message(), deadline)
+    })
 }
 
 /// A terminal's screen as it is now, as escape sequences that draw it, with so many lines from above it.
 ///
 /// # Errors
 /// There is no such process, or it has no terminal.
-pub fn screen(
-    found: &Found,
-    which: &Selector,
-    scrollback: u32,
-) -> Result<v1::Screen, ProcessError> {
-    let deadline = deadline();
-    let stream = found.agent(deadline)?;
+pub fn screen(found: &Found, which: &Selector, scrollback: u32) -> Result<v1::Screen, GuestError> {
     let screen = v1::GetScreen {
         process: Some(which.message()),
         scrollback,
         formatted: true,
     };
-    Ok(process::screen(stream, screen, Some(deadline))?)
+    call(found, Some(soon()), |stream, deadline| {
+        process::screen(stream, screen, deadline)
+    })
 }
 
 /// Sets a terminal's size.
 ///
 /// # Errors
 /// There is no such process, or it has no terminal.
-pub fn resize(found: &Found, which: &Selector, size: v1::Terminal) -> Result<(), ProcessError> {
-    let deadline = deadline();
-    let stream = found.agent(deadline)?;
-    Ok(process::resize(
-        stream,
-        which.message(),
-        size,
-        Some(deadline),
-    )?)
+pub fn resize(found: &Found, which: &Selector, size: v1::Terminal) -> Result<(), GuestError> {
+    call(found, Some(soon()), |stream, deadline| {
+        process::resize(stream, which.message(), size, deadline)
+    })
 }
 
 #[cfg(test)]

@@ -8,6 +8,9 @@ use belljar_protocol::AGENT_PORT;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
+use crate::registry::Found;
+use crate::state::VSOCK_SOCKET;
+
 /// Makes connections to one agent.
 pub trait Dial {
     /// A new connection, not blocking. Returns at once.
@@ -20,23 +23,10 @@ pub trait Dial {
     fn port(&self) -> Option<u32>;
 }
 
-/// Through the vsock socket of a VMM.
-#[derive(Debug, Clone)]
-pub struct VsockDial {
-    path: PathBuf,
-}
-
-impl VsockDial {
-    /// `path` must fit into a socket's address (107 bytes).
-    #[must_use]
-    pub const fn new(path: PathBuf) -> Self {
-        Self { path }
-    }
-}
-
-impl Dial for VsockDial {
+/// Through the VMM's vsock socket.
+impl Dial for Found {
     fn dial(&self) -> io::Result<UnixStream> {
-        connect(&self.path)
+        connect(self.socket(VSOCK_SOCKET).path())
     }
 
     fn port(&self) -> Option<u32> {

@@ -21,10 +21,9 @@ pub mod terminal;
 use std::time::Duration;
 
 pub use calls::{
-    ProcessError, Selector, SelectorError, check_name, forget, inspect, list, resize, screen,
-    signal, wait,
+    Selector, SelectorError, check_name, forget, inspect, list, resize, screen, signal, wait,
 };
-pub use dial::{Dial, DirectDial, VsockDial};
+pub use dial::{Dial, DirectDial};
 pub use error::SessionError;
 pub use keys::{DetachKeys, KeysError};
 pub use outcome::{Outcome, exit_status};

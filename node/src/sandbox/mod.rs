@@ -23,7 +23,7 @@ use crate::assets::Assets;
 use crate::diagnosis;
 use crate::ending::{Ended, Meaning};
 use crate::poll::{PollSet, Polled};
-use crate::registry::SocketPath;
+use crate::registry::{Found, SocketPath};
 use crate::stages::Stages;
 use crate::state::spec::{Life, SandboxSpec};
 use crate::state::{self, SandboxDir, StateRoot};
@@ -398,6 +398,12 @@ impl Sandbox {
     #[must_use]
     pub fn id(&self) -> &str {
         self.dir.id()
+    }
+
+    /// As others find it.
+    #[must_use]
+    pub fn found(&self) -> Found {
+        Found::at(self.dir.clone())
     }
 
     /// A descriptor that becomes readable when the VMM ends.

@@ -31,6 +31,8 @@ const READ_SIZE: usize = 128 * 1024;
 const AGENT_PATIENCE: Duration = Duration::from_secs(3);
 /// A process has to be started, or found, within this time.
 const START_LIMIT: Duration = Duration::from_secs(30);
+/// An answer that takes longer is noticed.
+const SLOW: Duration = Duration::from_secs(3);
 /// The agent confirms within this time that it has detached this viewer.
 const DETACH_LIMIT: Duration = Duration::from_secs(5);
 
@@ -53,6 +55,8 @@ pub enum Notice<'a> {
     },
     /// The connection was cut some time ago, and cannot be made again.
     Waiting,
+    /// The first answer is long in coming.
+    Slow,
     /// After [`Notice::Waiting`]: it goes on.
     Resumed,
 }
@@ -80,6 +84,8 @@ pub struct Io<'a, 'n> {
     pub detach_keys: Option<DetachKeys>,
     /// The process has this time in all, and the agent ends it then.
     pub timeout: Option<Duration>,
+    /// Written to `stdout` before anything of the process.
+    pub first: &'n [u8],
     pub notice: &'n mut dyn FnMut(Notice<'_>),
 }
 
@@ -99,6 +105,7 @@ impl<'a, 'n> Io<'a, 'n> {
             terminal: None,
             detach_keys: None,
             timeout: None,
+            first: b"",
             notice,
         }
     }
@@ -138,7 +145,12 @@ pub fn run(
         waiting_told: false,
         buffer: Vec::new(),
         outcome: None,
+        slow_at: Some(begin + SLOW),
     };
+    if let Some(terminal) = &mut pump.terminal {
+        terminal.follow(io.first);
+    }
+    pump.stdout.put(io.first);
     pump.run()
 }
 
@@ -185,6 +197,8 @@ struct Pump<'a, 'n> {
     buffer: Vec<u8>,
     /// Known, and told when all output has been passed on.
     outcome: Option<Outcome>,
+    /// Until it was told, or the first answer has come.
+    slow_at: Option<Instant>,
 }
 
 /// What one wait found.
@@ -300,7 +314,8 @@ impl Pump<'_, '_> {
         }
         let start = (!self.session.is_started()).then_some(self.start_by);
         let redial = self.stream.is_none().then(|| self.retry.next()).flatten();
-        [start, self.end_by, self.detach_by, redial]
+        let slow = self.slow_at.filter(|_| start.is_some());
+        [start, slow, self.end_by, self.detach_by, redial]
             .into_iter()
             .flatten()
             .min()
@@ -314,6 +329,12 @@ impl Pump<'_, '_> {
         let passed = |limit: Option<Instant>| limit.is_some_and(|limit| now >= limit);
         if !self.session.is_started() && passed(Some(self.start_by)) {
             return Err(SessionError::NoAnswer(START_LIMIT));
+        }
+        if passed(self.slow_at) {
+            self.slow_at = None;
+            if !self.session.is_started() {
+                (self.notice)(Notice::Slow);
+            }
         }
         if passed(self.end_by) {
             return Ok(Some(Outcome::TimedOut));
