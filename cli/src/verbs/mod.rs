@@ -1,7 +1,7 @@
 //! One file a verb: its arguments, and the function that carries it out and returns the exit status.
 
-pub(crate) mod completion;
 pub(crate) mod attach;
+pub(crate) mod completion;
 pub(crate) mod create;
 pub(crate) mod debug;
 pub(crate) mod doctor;
