@@ -209,7 +209,7 @@ mod tests {
             panic!("not run")
         };
         assert_eq!(run.command, ["ls", "--help", "-v"]);
-        assert!(run.interactive && !run.boot_time);
+        assert!(run.terminal.interactive && !run.boot_time);
         for wrong in [
             &["run"][..],
             &["run", "--cpus", "33", "--", "x"],

@@ -24,6 +24,9 @@ use crate::output::escaped;
 use crate::report;
 use crate::values;
 
+/// The name of the process that a sandbox was made for.
+pub(crate) const MAIN: &str = "main";
+
 /// How a command is to run.
 #[derive(Debug, Default, clap::Args)]
 pub(crate) struct CommandOptions {

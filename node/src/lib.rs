@@ -11,7 +11,6 @@ pub mod disk;
 pub mod doctor;
 pub mod drive;
 pub mod ending;
-pub mod exec;
 pub mod guest;
 pub mod leftovers;
 pub mod lifecycle;

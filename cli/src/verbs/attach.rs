@@ -10,7 +10,7 @@ use belljar_node::v1::{self, position::At};
 
 use crate::failure::{Failure, status_of};
 use crate::options::BoxArg;
-use crate::session::{self, Ends, LeavingOptions};
+use crate::session::{self, Ends, LeavingOptions, MAIN};
 
 /// Connect this terminal with a process in a sandbox
 ///
@@ -52,8 +52,8 @@ pub(crate) struct Args {
     #[command(flatten)]
     sandbox: BoxArg,
 
-    /// Id or name of the process, or pid:N
-    #[arg(value_name = "PROCESS")]
+    /// Id or name of the process, or pid:N [default: the one that run was given]
+    #[arg(value_name = "PROCESS", default_value = MAIN, hide_default_value = true)]
     process: Selector,
 }
 

@@ -8,7 +8,7 @@ use belljar_node::v1::{self, position::At};
 
 use crate::failure::{Failure, status_of};
 use crate::options::BoxArg;
-use crate::session::{self, Ends};
+use crate::session::{self, Ends, MAIN};
 use crate::values;
 
 /// Print what a process in a sandbox has said
@@ -45,8 +45,8 @@ pub(crate) struct Args {
     #[command(flatten)]
     sandbox: BoxArg,
 
-    /// Id or name of the process, or pid:N
-    #[arg(value_name = "PROCESS")]
+    /// Id or name of the process, or pid:N [default: the one that run was given]
+    #[arg(value_name = "PROCESS", default_value = MAIN, hide_default_value = true)]
     process: Selector,
 }
 

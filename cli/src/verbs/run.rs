@@ -2,24 +2,23 @@
 
 use std::ffi::OsString;
 use std::os::fd::AsFd;
-use std::os::unix::ffi::OsStrExt;
 use std::time::{Duration, Instant};
 
+use belljar_node::End;
 use belljar_node::ending::{Ended, Meaning, signal_name};
-use belljar_node::exec::{ExecSpec, Outcome, Streams, exec};
+use belljar_node::process::{Outcome, SIGNALS};
 use belljar_node::sandbox::{BootError, Limits, Sandbox};
 use belljar_node::stages::Stages;
 use belljar_node::state::StateRoot;
 use belljar_node::state::spec::Life;
-use belljar_node::sys::{SIGHUP, SIGINT, SIGTERM, SignalFd};
-use belljar_node::{AGENT_PORT, End};
+use belljar_node::sys::{SIGINT, SignalFd};
 
 use crate::OURS;
 use crate::failure::{Failure, status_of};
-use crate::options::{BootOptions, GuestOptions, MachineOptions, NameOptions, connect_deadline};
+use crate::options::{BootOptions, GuestOptions, MachineOptions, NameOptions};
 use crate::output;
 use crate::report;
-use crate::values;
+use crate::session::{self, CommandOptions, Ends, MAIN, TerminalOptions};
 
 /// Boot a fresh guest and run a command in it
 ///
@@ -30,14 +29,17 @@ use crate::values;
 Examples:
   belljar run -- sh -c 'ls / | wc -l'            a pipeline needs a shell
   echo hello | belljar run -i -- tr a-z A-Z      -i passes standard input on
+  belljar run -it -- bash                        a terminal; gone when bash ends
   belljar run --memory 1G --cpus 2 -- make -j2
   belljar run --drive data.img:ro -- mount -o ro /dev/vdc /mnt
   belljar run -d --name web                      a guest that runs until it is stopped
+  belljar run -d -- ./server                     with a command in it: see logs, attach
   belljar run --timeout 10s -- ./might-hang      exit status 124 after ten seconds
   belljar run --boot-time -- true                what booting took, by stages
 
 Ctrl-C sends SIGINT to the command in the guest; the second one kills it; the third one
-gives up waiting and removes the guest.
+gives up waiting and removes the guest. On a terminal (-it) all keys go to the command, and
+Ctrl-P Ctrl-Q leaves guest and command running.
 
 Exit status: the command's own; 128+n if a signal ended it; 124 for --timeout;
 126 not executable; 127 not found; 125 if Bell Jar itself failed.")]
@@ -51,7 +53,7 @@ pub(crate) struct Args {
     pub(crate) command: Vec<OsString>,
 
     /// Print the id of the sandbox, and leave the guest running
-    #[arg(short, long, conflicts_with_all = ["interactive", "timeout"])]
+    #[arg(short, long)]
     detach: bool,
 
     /// Remove the sandbox at the end even if it has a name
@@ -61,25 +63,11 @@ pub(crate) struct Args {
     #[command(flatten)]
     naming: NameOptions,
 
-    /// Pass standard input on to the command
-    #[arg(short, long)]
-    pub(crate) interactive: bool,
+    #[command(flatten)]
+    pub(crate) terminal: TerminalOptions,
 
-    /// Set a variable in the command's environment; NAME alone copies it from here
-    #[arg(short, long, value_name = "NAME[=VALUE]")]
-    env: Vec<OsString>,
-
-    /// Directory the command starts in
-    #[arg(short, long, value_name = "DIR")]
-    workdir: Option<OsString>,
-
-    /// User the command runs as: a name or number of the guest, with a group if given
-    #[arg(short, long, value_name = "USER[:GROUP]")]
-    user: Option<String>,
-
-    /// End the command after this time: 30s, 5m, 1h, 500ms
-    #[arg(long, value_name = "TIME", value_parser = values::time)]
-    timeout: Option<Duration>,
+    #[command(flatten)]
+    command_options: CommandOptions,
 
     #[command(flatten)]
     guest: GuestOptions,
@@ -116,7 +104,7 @@ pub(crate) fn run(options: &Args, begin: Instant) -> u8 {
 }
 
 fn boot_and_exec(options: &Args, stages: &mut Stages) -> Result<u8, Failure> {
-    let signals = SignalFd::new(&[SIGINT, SIGTERM, SIGHUP]).map_err(Failure::new)?;
+    let signals = SignalFd::new(&SIGNALS).map_err(Failure::new)?;
     let root = StateRoot::locate()?;
     let guest = options.guest.spec(&options.machine)?;
     let new = options.naming.describe(life(options), guest)?;
@@ -131,23 +119,35 @@ fn boot_and_exec(options: &Args, stages: &mut Stages) -> Result<u8, Failure> {
     };
 
     if options.detach {
+        if !options.command.is_empty() {
+            exec_in(&sandbox, options)?;
+        }
         let dir = sandbox.release()?;
         output::print(&format!("{}\n", dir.id()));
         return Ok(0);
     }
-    let outcome = exec_in(&sandbox, options, &signals);
+    let outcome = exec_in(&sandbox, options);
     stages.mark("exec");
     let outcome = match outcome {
         // The guest may have gone while the command ran: then its end is what to tell.
         Err(failure) => return Err(gone(&mut sandbox).unwrap_or(failure)),
-        Ok(Outcome::Ended(how)) if is_lost(&how) => {
+        Ok(Outcome::Ended {
+            how: End::Lost(lost),
+            ..
+        }) => {
             return Err(gone(&mut sandbox).unwrap_or_else(|| {
-                Failure::new(format!("the end of the command is not known: {how:?}"))
+                let reason = output::escaped(&lost.reason).into_owned();
+                Failure::new(format!("the end of the command is not known: {reason}"))
             }));
         }
         Ok(outcome) => outcome,
     };
-    comment(&outcome);
+    if outcome == Outcome::Detached {
+        let dir = sandbox.release()?;
+        report::print(&format!("the guest runs on: belljar attach {}\n", dir.id()));
+        return Ok(0);
+    }
+    session::comment(&outcome);
     let given_up = matches!(outcome, Outcome::GivenUp(_));
     let drives = &options.guest.drive;
     let kept = new.life == Life::Persistent || drives.iter().any(|drive| !drive.read_only);
@@ -183,41 +183,22 @@ fn cancelled(error: &BootError, signals: &SignalFd) -> Failure {
     }
 }
 
-/// What an exit status alone does not say.
-fn comment(outcome: &Outcome) {
-    match outcome {
-        Outcome::Ended(End::OutOfMemory(_)) => report::failure(
-            "the guest ran out of memory, and its kernel ended the command",
-            Some("give it more with --memory"),
-        ),
-        Outcome::TimedOut => report::failure(
-            "the command's time was over, and the guest did not even answer",
-            None,
-        ),
-        _ => {}
+fn exec_in(sandbox: &Sandbox, options: &Args) -> Result<Outcome, Failure> {
+    let mut spec = options.command_options.spec(&options.command);
+    options.terminal.apply(&mut spec);
+    let mut ends = Ends::of(&options.terminal, &spec);
+    MAIN.clone_into(&mut spec.name);
+    MAIN.clone_into(&mut ends.called);
+    if options.detach {
+        spec.detached = true;
+        ends = Ends {
+            quiet: true,
+            ..Ends::default()
+        };
     }
-}
-
-fn is_lost(how: &End) -> bool {
-    matches!(how, End::Lost(_))
-}
-
-fn exec_in(sandbox: &Sandbox, options: &Args, signals: &SignalFd) -> Result<Outcome, Failure> {
-    let stream = sandbox
-        .connect(AGENT_PORT, connect_deadline())
-        .map_err(Failure::new)?;
-    let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
-    let streams = Streams {
-        stdin: options.interactive.then(|| stdin.as_fd()),
-        stdout: stdout.as_fd(),
-        stderr: stderr.as_fd(),
-        signals: Some(signals),
-    };
-    exec(stream, &exec_spec(options), streams).map_err(|error| Failure::Other {
-        status: error.exit_status(),
-        message: error.to_string(),
-        remedy: None,
-    })
+    let signals = ends.signals()?;
+    ends.connect(spec.session(), &sandbox.found(), &signals, b"")
+        .map_err(|error| session::failure(&error))
 }
 
 /// If the VMM has ended, how.
@@ -258,41 +239,5 @@ fn end_remedy(ended: &Ended) -> String {
             "the command, or something it started, switched the guest off".into()
         }
         _ => "the quoted lines say why; more memory (--memory) often helps".into(),
-    }
-}
-
-fn exec_spec(options: &Args) -> ExecSpec {
-    let bytes = |text: &OsString| text.as_bytes().to_vec();
-    ExecSpec {
-        argv: options.command.iter().map(bytes).collect(),
-        env: options.env.iter().filter_map(variable).collect(),
-        workdir: options.workdir.as_ref().map(bytes).unwrap_or_default(),
-        user: options.user.clone().unwrap_or_default(),
-        timeout: options.timeout,
-    }
-}
-
-/// `NAME=VALUE` as it is; `NAME` with its value here, if it has one.
-fn variable(text: &OsString) -> Option<Vec<u8>> {
-    let mut setting = text.as_bytes().to_vec();
-    if !setting.contains(&b'=') {
-        let value = std::env::var_os(text)?;
-        setting.push(b'=');
-        setting.extend_from_slice(value.as_bytes());
-    }
-    Some(setting)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn variables_are_given_or_copied() {
-        assert_eq!(variable(&"A=b=c".into()), Some(b"A=b=c".to_vec()));
-        assert_eq!(variable(&"A=".into()), Some(b"A=".to_vec()));
-        assert_eq!(variable(&"BELLJAR_NO_SUCH_VARIABLE".into()), None);
-        let path = variable(&"PATH".into()).unwrap();
-        assert!(path.starts_with(b"PATH=") && path.len() > 5);
     }
 }
