@@ -7,10 +7,11 @@
 
 mod boot;
 mod exec;
+mod holder;
 mod log;
 mod power;
-mod server;
 mod sys;
+mod wire;
 mod worker;
 
 use std::ffi::{CString, OsString};
@@ -21,9 +22,19 @@ use belljar_protocol::{AGENT_PORT, GENERATION, v1};
 
 use self::boot::Booted;
 use self::exec::cgroup::Cgroups;
-use self::server::{About, Ended, Server};
+use self::holder::{Ended, Holder, Setup};
 
 const CGROUPS: &str = "/sys/fs/cgroup";
+
+/// What holder and worker can do in every guest.
+const ABILITIES: [v1::Ability; 6] = [
+    v1::Ability::Exec,
+    v1::Ability::Shutdown,
+    v1::Ability::Processes,
+    v1::Ability::Terminals,
+    v1::Ability::Files,
+    v1::Ability::Ports,
+];
 
 /// Argument of a run after a panic, followed by the number of panics so far.
 const RECOVERED: &str = "--recovered";
@@ -34,6 +45,9 @@ const BACKLOG: i32 = 128;
 /// Tries to listen; a transport that is a module may take its time.
 const LISTEN_TRIES: u32 = 40;
 const LISTEN_PAUSE: Duration = Duration::from_millis(50);
+
+/// Soft limit of descriptors for programs; what this process may open more is its own.
+const DESCRIPTORS: u64 = 1024;
 
 const USAGE: &str = "belljar-agent runs as PID 1 of a Bell Jar guest.\n\
     For tests: belljar-agent --serve-unix PATH [--cgroup DIRECTORY]\n";
@@ -53,7 +67,7 @@ pub(crate) fn start() -> i32 {
             Some("--cgroup"),
             Some(cgroup),
         ] => serve_unix(path, Some(cgroup)),
-        [Some("--serve-worker"), Some(path)] => serve_worker(path),
+        [Some("--worker")] => worker::run(),
         [Some("--version")] => {
             print_text(&format!(
                 "belljar-agent {} (protocol generation {GENERATION})\n",
@@ -132,19 +146,18 @@ fn run_again_on_panic(panics: u32) {
 }
 
 fn serve_vsock(booted: &Booted) -> std::io::Result<Ended> {
-    let listener = listen()?;
-    let cgroups = open_cgroups(CGROUPS);
-    let about = About {
+    let mut holder = Holder::new(Setup {
+        listener: listen()?,
+        cgroups: open_cgroups(CGROUPS),
         degraded: booted.degraded.clone(),
-        ..About::default()
-    };
-    let mut server = Server::new(listener, cgroups, about)?;
+        descriptors: raise_descriptors(),
+    })?;
     let mut times = booted.times;
     times.ready_ns = boot::now_ns();
     let kernel = rustix::system::uname();
     let ready = v1::Ready {
         generation: GENERATION,
-        abilities: server.about().abilities.clone(),
+        abilities: holder.abilities().to_vec(),
         boot_id: boot::read_file("/proc/sys/kernel/random/boot_id")
             .map(|id| id.trim().to_owned())
             .unwrap_or_default(),
@@ -152,14 +165,28 @@ fn serve_vsock(booted: &Booted) -> std::io::Result<Ended> {
         times: Some(times),
         degraded: booted.degraded.clone(),
     };
-    server.announce(&ready);
+    holder.announce(&ready);
     log!(
         "ready after {} µs (started {}, mounted {}), generation {GENERATION}",
         times.ready_ns / 1000,
         times.init_ns / 1000,
         times.mounted_ns / 1000
     );
-    Ok(server.run())
+    Ok(holder.run())
+}
+
+/// Allows this process as many descriptors as there may be; returns how many programs get.
+fn raise_descriptors() -> u64 {
+    use rustix::process::{Resource, Rlimit};
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = rustix::process::setrlimit(Resource::Nofile, raised) {
+        log!("cannot raise the limit of descriptors: {error}");
+    }
+    limit.current.unwrap_or(DESCRIPTORS)
 }
 
 fn listen() -> std::io::Result<OwnedFd> {
@@ -187,29 +214,16 @@ fn serve_unix(path: &str, cgroup: Option<&str>) -> i32 {
         sys::block_signals()?;
         rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
         let listener = std::os::unix::net::UnixListener::bind(path)?;
-        listener.set_nonblocking(true)?;
-        let cgroups = cgroup.and_then(open_cgroups);
-        Ok(Server::new(listener.into(), cgroups, About::default())?.run())
+        let mut holder = Holder::new(Setup {
+            listener: listener.into(),
+            cgroups: cgroup.and_then(open_cgroups),
+            degraded: String::new(),
+            descriptors: raise_descriptors(),
+        })?;
+        Ok(holder.run())
     };
     match served() {
         Ok(_) => 0,
-        Err(error) => {
-            log!("cannot serve on {path}: {error}");
-            1
-        }
-    }
-}
-
-/// The calls that need no other process, on a Unix socket.
-fn serve_worker(path: &str) -> i32 {
-    match std::os::unix::net::UnixListener::bind(path) {
-        Ok(listener) => {
-            let context = worker::Context::new(listener.into(), Vec::new(), String::new());
-            std::sync::Arc::new(context).serve();
-            loop {
-                std::thread::park();
-            }
-        }
         Err(error) => {
             log!("cannot serve on {path}: {error}");
             1

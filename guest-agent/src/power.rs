@@ -5,8 +5,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use rustix::mount::{MountFlags, mount_remount};
 use rustix::system::RebootCommand;
 
+use crate::holder::Ended;
 use crate::log;
-use crate::server::Ended;
 
 /// Writes everything out, makes the drive's file system clean and ends the guest. No process but
 /// this one is left, or it did not go when killed.

@@ -85,6 +85,62 @@ pub(crate) fn signal_group(leader: i32, number: u32) {
     }
 }
 
+/// Sends a signal to one process. What is no signal, or no process, is ignored.
+pub(crate) fn signal_process(pid: i32, number: u32) {
+    if let (2.., Ok(number @ 1..=64)) = (pid, c_int::try_from(number)) {
+        // SAFETY: a plain call with numbers only.
+        unsafe { libc::kill(pid, number) };
+    }
+}
+
+/// A child that has ended.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Reaped {
+    pub(crate) pid: i32,
+    /// As of wait(2).
+    pub(crate) status: c_int,
+    /// User and system time of it and the children it has waited for, microseconds.
+    pub(crate) cpu_us: u64,
+    /// Largest resident memory of one of them, bytes.
+    pub(crate) memory_peak: u64,
+}
+
+/// Takes the status of a child that has ended. `None`: none has. ECHILD: there is none.
+pub(crate) fn reap() -> io::Result<Option<Reaped>> {
+    let mut status: c_int = 0;
+    // SAFETY: all zeroes is a valid value of this plain structure.
+    let mut usage: libc::rusage = unsafe { zeroed() };
+    // SAFETY: both results outlive the call.
+    let pid = check(unsafe { libc::wait4(-1, &raw mut status, libc::WNOHANG, &raw mut usage) })?;
+    let micros = |time: libc::timeval| {
+        let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+        let micros = u64::try_from(time.tv_usec).unwrap_or(0);
+        seconds.saturating_mul(1_000_000).saturating_add(micros)
+    };
+    Ok((pid > 0).then(|| Reaped {
+        pid,
+        status,
+        cpu_us: micros(usage.ru_utime).saturating_add(micros(usage.ru_stime)),
+        memory_peak: u64::try_from(usage.ru_maxrss)
+            .unwrap_or(0)
+            .saturating_mul(1024),
+    }))
+}
+
+/// Takes over a descriptor that this process was started with, and closes it in programs it starts.
+pub(crate) fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: a plain call; it fails if there is no such descriptor.
+    check(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    // SAFETY: the descriptor exists, and the caller takes each number once, at the start.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Keeps the C library from giving each thread a heap of its own.
+pub(crate) fn share_one_heap() {
+    // SAFETY: a plain call with numbers only.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
 /// Replaces this process by its own program, `/proc/self/exe`. Returns only on failure.
 pub(crate) fn run_again(arguments: &[&CStr]) -> io::Error {
     let mut argv: Vec<*const c_char> = arguments.iter().map(|argument| argument.as_ptr()).collect();
@@ -111,14 +167,18 @@ fn vsock_address(cid: u32, port: u32) -> libc::sockaddr_vm {
 }
 
 fn vsock_socket() -> io::Result<OwnedFd> {
-    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    vsock_socket_of(libc::SOCK_NONBLOCK)
+}
+
+fn vsock_socket_of(flags: c_int) -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | flags;
     // SAFETY: a plain call.
     owned(unsafe { libc::socket(libc::AF_VSOCK, kind, 0) })
 }
 
-/// Listens on a vsock port of any local CID; non-blocking.
+/// Listens on a vsock port of any local CID; blocking.
 pub(crate) fn vsock_listen(port: u32, backlog: c_int) -> io::Result<OwnedFd> {
-    let socket = vsock_socket()?;
+    let socket = vsock_socket_of(0)?;
     let address = vsock_address(libc::VMADDR_CID_ANY, port);
     // SAFETY: `address` outlives the call and its size is given.
     check(unsafe {
@@ -151,17 +211,8 @@ pub(crate) fn vsock_connect(cid: u32, port: u32) -> io::Result<OwnedFd> {
     }
 }
 
-/// Takes a connection, non-blocking. The number is the peer's CID, for vsock sockets.
+/// Takes a connection; it blocks. The number is the peer's CID, for vsock sockets.
 pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, Option<u32>)> {
-    accept_with(listener, libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK)
-}
-
-/// As [`accept`], but the connection blocks.
-pub(crate) fn accept_blocking(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, Option<u32>)> {
-    accept_with(listener, libc::SOCK_CLOEXEC)
-}
-
-fn accept_with(listener: BorrowedFd<'_>, flags: c_int) -> io::Result<(OwnedFd, Option<u32>)> {
     // SAFETY: all zeroes is a valid value of this plain structure.
     let mut address: libc::sockaddr_storage = unsafe { zeroed() };
     let mut length = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
@@ -171,7 +222,7 @@ fn accept_with(listener: BorrowedFd<'_>, flags: c_int) -> io::Result<(OwnedFd, O
             listener.as_raw_fd(),
             (&raw mut address).cast(),
             &raw mut length,
-            flags,
+            libc::SOCK_CLOEXEC,
         )
     })?;
     let is_vsock = c_int::from(address.ss_family) == libc::AF_VSOCK

@@ -6,9 +6,10 @@
 
 use std::cell::Cell;
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
+use belljar_protocol::v1::{Limits, Usage};
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
@@ -24,6 +25,9 @@ const LOOKED_AT: usize = 4;
 /// Longest control file read, bytes.
 const MAX_FILE: usize = 1024;
 
+/// How often the list of processes is read to signal all of them.
+const SIGNAL_ROUNDS: usize = 8;
+
 /// The cgroup of one program.
 #[derive(Debug)]
 pub(crate) struct Leaf {
@@ -31,9 +35,11 @@ pub(crate) struct Leaf {
     folder: OwnedFd,
     /// Count of out-of-memory kills when the program was started in it.
     oom_kills: u64,
-    /// It was killed once: Linux (seen on 6.18) then kills everything that `clone3` starts in it,
-    /// too, so it is not used again.
-    killed: Cell<bool>,
+    /// CPU time used in it before.
+    cpu_us: u64,
+    /// It has limits, or was killed once: Linux (seen on 6.18) then kills everything that `clone3`
+    /// starts in it, too. So it is not used again.
+    used_up: Cell<bool>,
 }
 
 impl Leaf {
@@ -44,8 +50,70 @@ impl Leaf {
 
     /// SIGKILL to everything in it.
     pub(crate) fn kill(&self) -> io::Result<()> {
-        self.killed.set(true);
+        self.used_up.set(true);
         write(&self.folder, "cgroup.kill", "1")
+    }
+
+    /// Sets limits for the program that is to be started in it. It is not used again after that.
+    pub(crate) fn limit(&self, limits: &Limits) -> io::Result<()> {
+        self.used_up.set(true);
+        if limits.memory != 0 {
+            write(&self.folder, "memory.max", &limits.memory.to_string())?;
+            // Out of memory is to come at the limit, not at the limit and as much swap.
+            let _ = write(&self.folder, "memory.swap.max", "0");
+        }
+        if limits.cpu_milli != 0 {
+            // Of a period of 100 ms, in microseconds; less than 1 ms the kernel does not take.
+            let quota = u64::from(limits.cpu_milli).saturating_mul(100).max(1000);
+            write(&self.folder, "cpu.max", &format!("{quota} 100000"))?;
+        }
+        if limits.pids != 0 {
+            write(&self.folder, "pids.max", &limits.pids.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// Whether anything lives in it. What cannot be told counts as empty.
+    pub(crate) fn is_populated(&self) -> bool {
+        is_populated(&self.folder).unwrap_or(false)
+    }
+
+    /// A signal to everything in it; returns how many processes got it.
+    pub(crate) fn signal_all(&self, number: u32) -> usize {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let mut signalled = Vec::new();
+        // Those that were started while the list was read are in the next one.
+        for _ in 0..SIGNAL_ROUNDS {
+            let Ok(file) = rustix::fs::openat(&self.folder, "cgroup.procs", flags, Mode::empty())
+            else {
+                break;
+            };
+            let mut text = String::new();
+            // What could be read counts.
+            let _ = std::fs::File::from(file).read_to_string(&mut text);
+            let before = signalled.len();
+            for pid in text.lines().filter_map(|line| line.parse::<i32>().ok()) {
+                if !signalled.contains(&pid) {
+                    crate::sys::signal_process(pid, number);
+                    signalled.push(pid);
+                }
+            }
+            if signalled.len() == before {
+                break;
+            }
+        }
+        signalled.len()
+    }
+
+    /// CPU time of all that ever ran in it since the program was started, and memory. 0: not known.
+    pub(crate) fn usage(&self) -> Usage {
+        let read = |name| read_number(&self.folder, name).unwrap_or(0);
+        Usage {
+            cpu_us: cpu_us(&self.folder).saturating_sub(self.cpu_us),
+            memory: read("memory.current"),
+            memory_peak: read("memory.peak"),
+            pids: u32::try_from(read("pids.current")).unwrap_or(u32::MAX),
+        }
     }
 
     /// Whether the out-of-memory killer struck in it since the program was started.
@@ -58,6 +126,7 @@ impl Leaf {
 #[derive(Debug)]
 pub(crate) struct Cgroups {
     user: OwnedFd,
+    path: String,
     next: u64,
     idle: Vec<Leaf>,
     /// Their program has ended, but something in them lives on.
@@ -67,18 +136,37 @@ pub(crate) struct Cgroups {
 impl Cgroups {
     /// Uses `root`, a directory of the cgroup file system.
     pub(crate) fn open(root: &str) -> io::Result<Self> {
+        let path = format!("{root}/{USER}");
         let root = open_folder(rustix::fs::CWD, root)?;
         // Memory is accounted per program where the kernel can; a kill needs no controller.
-        let _ = write(&root, "cgroup.subtree_control", "+memory");
+        enable(&root);
         make_folder(&root, USER)?;
         let user = open_folder(&root, USER)?;
-        let _ = write(&user, "cgroup.subtree_control", "+memory");
+        enable(&user);
         Ok(Self {
             user,
+            path,
             next: 0,
             idle: Vec::new(),
             occupied: VecDeque::new(),
         })
+    }
+
+    /// Directory of the cgroup of all programs.
+    pub(crate) fn user_path(&self) -> &str {
+        &self.path
+    }
+
+    /// Whether any program lives.
+    pub(crate) fn is_populated(&self) -> bool {
+        is_populated(&self.user).unwrap_or(false)
+    }
+
+    /// SIGKILL to all programs.
+    pub(crate) fn kill_all(&self) {
+        if let Err(error) = write(&self.user, "cgroup.kill", "1") {
+            crate::log!("cannot kill all programs by their cgroup: {error}");
+        }
     }
 
     /// An empty cgroup.
@@ -92,9 +180,14 @@ impl Cgroups {
     /// Takes a cgroup back whose program has ended.
     pub(crate) fn give_back(&mut self, leaf: Leaf) {
         match is_populated(&leaf.folder) {
-            Some(false) if self.idle.len() < KEPT && !leaf.killed.get() => {
+            Some(false) if self.idle.len() < KEPT && !leaf.used_up.get() => {
                 let oom_kills = oom_kills(&leaf.folder);
-                self.idle.push(Leaf { oom_kills, ..leaf });
+                let cpu_us = cpu_us(&leaf.folder);
+                self.idle.push(Leaf {
+                    oom_kills,
+                    cpu_us,
+                    ..leaf
+                });
             }
             Some(false) => self.remove(leaf.number),
             _ => self.occupied.push_back(leaf.number),
@@ -128,7 +221,8 @@ impl Cgroups {
                         number,
                         folder,
                         oom_kills: 0,
-                        killed: Cell::new(false),
+                        cpu_us: 0,
+                        used_up: Cell::new(false),
                     });
                 }
                 // Left over from before, or made by someone in the guest.
@@ -143,6 +237,13 @@ impl Cgroups {
         if rustix::fs::unlinkat(&self.user, &*name, AtFlags::REMOVEDIR) == Err(Errno::BUSY) {
             self.occupied.push_back(number);
         }
+    }
+}
+
+/// Turns on what the kernel has of the controllers that are used.
+fn enable(folder: &OwnedFd) {
+    for controller in ["+memory", "+pids", "+cpu"] {
+        let _ = write(folder, "cgroup.subtree_control", controller);
     }
 }
 
@@ -174,6 +275,19 @@ fn read_key(folder: &OwnedFd, name: &str, key: &str) -> Option<u64> {
     let text = std::str::from_utf8(content.get(..got)?).ok()?;
     text.lines()
         .find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.parse().ok())
+}
+
+fn read_number(folder: &OwnedFd, name: &str) -> Option<u64> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(folder, name, flags, Mode::empty()).ok()?;
+    let mut content = [0; 32];
+    let got = rustix::io::read(file, &mut content[..]).ok()?;
+    let text = std::str::from_utf8(content.get(..got)?).ok()?;
+    text.trim().parse().ok()
+}
+
+fn cpu_us(folder: &OwnedFd) -> u64 {
+    read_key(folder, "cpu.stat", "usage_usec").unwrap_or(0)
 }
 
 fn is_populated(folder: &OwnedFd) -> Option<bool> {

@@ -4,4 +4,5 @@
 pub(crate) mod cgroup;
 pub(crate) mod lifecycle;
 pub(crate) mod plan;
+pub(crate) mod streams;
 pub(crate) mod users;

@@ -4,14 +4,39 @@
 use std::ffi::CString;
 use std::time::{Duration, Instant};
 
-use belljar_protocol::DEFAULT_GRACE_MS;
 use belljar_protocol::v1::{self, spawn_failure::Kind};
 
 use super::lifecycle::Limit;
 use super::users::Identity;
-use crate::sys::spawn::{Failure, Ids, Program, Step};
+use crate::sys::spawn::{Failure, Ids, Program, ResourceLimit, Step};
 
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// TERM of programs on a terminal.
+const DEFAULT_TERM: &[u8] = b"xterm-256color";
+
+/// Longest path that the kernel takes, bytes (PATH_MAX without its NUL).
+const MAX_PATH: usize = 4095;
+
+/// Names of resources and their numbers, asm-generic/resource.h.
+const RESOURCES: [(&str, u32); 16] = [
+    ("cpu", 0),
+    ("fsize", 1),
+    ("data", 2),
+    ("stack", 3),
+    ("core", 4),
+    ("rss", 5),
+    ("nproc", 6),
+    ("nofile", 7),
+    ("memlock", 8),
+    ("as", 9),
+    ("locks", 10),
+    ("sigpending", 11),
+    ("msgqueue", 12),
+    ("nice", 13),
+    ("rtprio", 14),
+    ("rttime", 15),
+];
 
 /// Most directories of PATH that are tried.
 const MAX_CANDIDATES: usize = 64;
@@ -25,8 +50,12 @@ pub(crate) enum Invalid {
     Argument(usize),
     #[error("env[{0}] is not NAME=value without NUL bytes")]
     Environment(usize),
-    #[error("cwd holds a NUL byte")]
+    #[error("cwd holds a NUL byte, or is longer than a path can be")]
     Directory,
+    #[error("rlimits: no resource is called {0:?}")]
+    ResourceName(String),
+    #[error("rlimits: the soft limit of {0} is above its hard limit")]
+    ResourceRange(String),
 }
 
 /// Prepares a program to be run as `identity`.
@@ -38,13 +67,14 @@ pub(crate) fn program(exec: &v1::Exec, identity: Identity) -> Result<Program, In
         .enumerate()
         .map(|(at, argument)| c_string(argument).ok_or(Invalid::Argument(at)))
         .collect::<Result<_, _>>()?;
-    let env = environment(&exec.env, &identity)?;
+    let env = environment(&exec.env, &identity, exec.terminal.is_some())?;
     let path = env
         .iter()
         .find_map(|(name, entry)| (name == b"PATH").then(|| entry.get(5..)).flatten());
     let candidates = candidates(name, path.unwrap_or(DEFAULT_PATH));
     let cwd = match exec.cwd.as_slice() {
         [] => c"/".to_owned(),
+        cwd if cwd.len() > MAX_PATH => return Err(Invalid::Directory),
         cwd => c_string(cwd).ok_or(Invalid::Directory)?,
     };
     let is_plain_root = identity.uid == 0 && identity.gid == 0 && identity.groups.is_empty();
@@ -61,18 +91,36 @@ pub(crate) fn program(exec: &v1::Exec, identity: Identity) -> Result<Program, In
             gid: identity.gid,
             groups: identity.groups,
         }),
+        limits: resource_limits(&exec.rlimits)?,
+        has_terminal: exec.terminal.is_some(),
     })
 }
 
-/// The time limit of a call that starts now.
-pub(crate) fn limit(exec: &v1::Exec, now: Instant) -> Option<Limit> {
-    if exec.time_limit_ms == 0 {
+/// The time limit of a program that starts now. 0: none.
+pub(crate) fn limit(time_limit_ms: u64, grace_ms: u64, now: Instant) -> Option<Limit> {
+    if time_limit_ms == 0 {
         return None;
     }
     // A limit beyond what the clock can say is none.
-    let at = now.checked_add(Duration::from_millis(exec.time_limit_ms))?;
-    let grace = Duration::from_millis(exec.grace_ms.unwrap_or(DEFAULT_GRACE_MS));
+    let at = now.checked_add(Duration::from_millis(time_limit_ms))?;
+    let grace = Duration::from_millis(grace_ms);
     Some(Limit { at, grace })
+}
+
+/// Resource limits by number.
+fn resource_limits(rlimits: &[v1::Rlimit]) -> Result<Vec<ResourceLimit>, Invalid> {
+    let one = |limit: &v1::Rlimit| {
+        let known = RESOURCES.iter().find(|(name, _)| *name == limit.name);
+        let (_, resource) = known.ok_or_else(|| Invalid::ResourceName(limit.name.clone()))?;
+        if limit.soft > limit.hard {
+            return Err(Invalid::ResourceRange(limit.name.clone()));
+        }
+        Ok(ResourceLimit {
+            resource: *resource,
+            values: [limit.soft, limit.hard],
+        })
+    };
+    rlimits.iter().map(one).collect()
 }
 
 fn c_string(bytes: &[u8]) -> Option<CString> {
@@ -82,15 +130,21 @@ fn c_string(bytes: &[u8]) -> Option<CString> {
 /// (name, whole entry) of every variable, each name once.
 type Environment = Vec<(Vec<u8>, Vec<u8>)>;
 
-fn environment(given: &[Vec<u8>], identity: &Identity) -> Result<Environment, Invalid> {
+fn environment(
+    given: &[Vec<u8>],
+    identity: &Identity,
+    has_terminal: bool,
+) -> Result<Environment, Invalid> {
     let mut env = Environment::new();
-    let defaults: [(&[u8], &[u8]); 4] = [
+    let defaults: [(&[u8], &[u8]); 5] = [
         (b"PATH", DEFAULT_PATH),
         (b"HOME", &identity.home),
         (b"USER", &identity.name),
         (b"LOGNAME", &identity.name),
+        (b"TERM", DEFAULT_TERM),
     ];
-    for (name, value) in defaults {
+    let count = if has_terminal { 5 } else { 4 };
+    for (name, value) in defaults.into_iter().take(count) {
         env.push((name.to_vec(), [name, b"=", value].concat()));
     }
     for (at, entry) in given.iter().enumerate() {
@@ -108,6 +162,8 @@ fn environment(given: &[Vec<u8>], identity: &Identity) -> Result<Environment, In
 
 fn candidates(name: &[u8], path: &[u8]) -> Vec<CString> {
     if name.contains(&b'/') {
+        // Of one that is too long, enough that the system says so.
+        let name = name.get(..MAX_PATH + 2).unwrap_or(name);
         return c_string(name).into_iter().collect();
     }
     if name.is_empty() {
@@ -115,6 +171,7 @@ fn candidates(name: &[u8], path: &[u8]) -> Vec<CString> {
     }
     path.split(|&byte| byte == b':')
         .take(MAX_CANDIDATES)
+        .filter(|folder| folder.len().saturating_add(name.len()) < MAX_PATH)
         .filter_map(|folder| {
             // An empty folder in PATH is the current one, POSIX 2018 §8.3.
             let folder = if folder.is_empty() { b"." } else { folder };
@@ -242,14 +299,9 @@ mod tests {
 
     #[test]
     fn limits_are_none_or_whatever_the_clock_can_say() {
-        assert!(limit(&exec(&["a"], &[]), Instant::now()).is_none());
-        let call = v1::Exec {
-            time_limit_ms: u64::MAX,
-            grace_ms: Some(u64::MAX),
-            ..exec(&["a"], &[])
-        };
         let now = Instant::now();
-        assert!(limit(&call, now).is_none_or(|limit| limit.at > now));
+        assert!(limit(0, 1, now).is_none());
+        assert!(limit(u64::MAX, u64::MAX, now).is_none_or(|limit| limit.at > now));
     }
 
     proptest! {

@@ -117,6 +117,21 @@ pub(crate) fn group_number(group: &[u8], wanted: &str) -> Result<u32, UserError>
         .ok_or_else(|| UserError::Group(wanted.to_owned()))
 }
 
+/// Adds groups, by name or number, to those of a user.
+pub(crate) fn add_groups(
+    identity: &mut Identity,
+    wanted: &[String],
+    group: &[u8],
+) -> Result<(), UserError> {
+    for name in wanted {
+        let gid = group_number(group, name)?;
+        if !identity.groups.contains(&gid) && identity.groups.len() < MAX_GROUPS {
+            identity.groups.push(gid);
+        }
+    }
+    Ok(())
+}
+
 struct Entry<'a> {
     name: &'a [u8],
     uid: u32,

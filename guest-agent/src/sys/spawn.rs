@@ -44,6 +44,19 @@ pub(crate) struct Program {
     pub(crate) cwd: CString,
     /// `None`: as this process.
     pub(crate) ids: Option<Ids>,
+    /// In this order, before the user is changed.
+    pub(crate) limits: Vec<ResourceLimit>,
+    /// Descriptor 0 becomes the controlling terminal of its session.
+    pub(crate) has_terminal: bool,
+}
+
+/// One of setrlimit(2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ResourceLimit {
+    /// RLIMIT_*
+    pub(crate) resource: u32,
+    /// Soft and hard limit, as the kernel's `rlimit64`.
+    pub(crate) values: [u64; 2],
 }
 
 /// What the child was doing when it failed.
@@ -52,12 +65,41 @@ pub(crate) enum Step {
     Clone,
     Session,
     Descriptors,
+    Terminal,
+    Limits,
     Groups,
     Group,
     User,
     Directory,
     Execute,
 }
+
+impl Step {
+    /// Its place among [`STEPS`], for messages.
+    pub(crate) fn number(self) -> u32 {
+        let at = STEPS.iter().position(|step| *step == self).unwrap_or(0);
+        u32::try_from(at).unwrap_or(0)
+    }
+
+    /// The step of a number; what is none counts as the first.
+    pub(crate) fn of_number(number: u32) -> Self {
+        let at = usize::try_from(number).unwrap_or(usize::MAX);
+        STEPS.get(at).copied().unwrap_or(Self::Clone)
+    }
+}
+
+const STEPS: [Step; 10] = [
+    Step::Clone,
+    Step::Session,
+    Step::Descriptors,
+    Step::Terminal,
+    Step::Limits,
+    Step::Groups,
+    Step::Group,
+    Step::User,
+    Step::Directory,
+    Step::Execute,
+];
 
 /// Why no program runs.
 #[derive(Debug)]
@@ -69,7 +111,7 @@ pub(crate) struct Failure {
 /// What parent and child share while the child borrows the memory.
 struct Shared<'a> {
     program: &'a Program,
-    stdio: [RawFd; 3],
+    stdio: &'a [RawFd],
     argv: Vec<*const c_char>,
     env: Vec<*const c_char>,
     no_signals: u64,
@@ -91,12 +133,12 @@ impl Spawner {
 
     /// Starts a program in a session and process group of its own with no signal blocked; returns
     /// its process id once it runs. All signals must be blocked in the caller. `stdio` become its
-    /// descriptors 0, 1 and 2, and none of them may be one of those now; `cgroup` is a directory
-    /// of the cgroup file system.
+    /// descriptors 0, 1, 2 and so on, and none of them may be one of those now; `cgroup` is a
+    /// directory of the cgroup file system.
     pub(crate) fn spawn(
         &mut self,
         program: &Program,
-        stdio: [RawFd; 3],
+        stdio: &[RawFd],
         cgroup: Option<RawFd>,
     ) -> Result<i32, Failure> {
         let mut shared = Shared {
@@ -218,6 +260,22 @@ unsafe fn prepare_and_execute(shared: &Shared<'_>) -> (Step, c_int) {
         for (target, fd) in shared.stdio.iter().enumerate() {
             if libc::syscall(libc::SYS_dup2, *fd, target) < 0 {
                 return (Step::Descriptors, errno());
+            }
+        }
+        if program.has_terminal && libc::syscall(libc::SYS_ioctl, 0, libc::TIOCSCTTY, 0) < 0 {
+            return (Step::Terminal, errno());
+        }
+        for limit in &program.limits {
+            let new = limit.values.as_ptr();
+            if libc::syscall(
+                libc::SYS_prlimit64,
+                0,
+                limit.resource,
+                new,
+                ptr::null_mut::<u64>(),
+            ) < 0
+            {
+                return (Step::Limits, errno());
             }
         }
         if let Some(ids) = &program.ids {

@@ -5,7 +5,8 @@ use std::sync::atomic::Ordering;
 use belljar_protocol::v1::{self, error::Code, reply::Result as Answer, request::Call};
 
 use super::conn::Conn;
-use super::{Answered, Context, Outcome, files, ports, refusal};
+use super::{Answered, Context, Outcome, files, ports, process, refusal};
+use crate::wire::to_holder::Message as Asked;
 
 /// Carries out a call, up to the end of its stream if it has one.
 pub(super) fn answer(context: &Context, conn: &mut Conn, request: v1::Request) -> Answered {
@@ -18,6 +19,15 @@ pub(super) fn answer(context: &Context, conn: &mut Conn, request: v1::Request) -
     match call {
         Call::Ping(_) => Ok(Outcome::Reply(Answer::Pong(pong(context)))),
         Call::Touch(_) => Ok(Outcome::Reply(Answer::Touch(v1::Touched {}))),
+        Call::Shutdown(call) => process::ask(context, Asked::Shutdown(call)),
+        Call::Exec(call) => process::exec(context, conn, &call),
+        Call::Attach(call) => process::attach(context, conn, call),
+        Call::ListProcesses(call) => process::ask(context, Asked::List(call)),
+        Call::Inspect(call) => process::ask(context, Asked::Inspect(call)),
+        Call::Signal(call) => process::ask(context, Asked::SendSignal(call)),
+        Call::WaitEnd(call) => process::wait_end(context, conn, call, request.deadline_ms),
+        Call::Forget(call) => process::ask(context, Asked::Forget(call)),
+        Call::Resize(call) => process::ask(context, Asked::ResizeProcess(call)),
         Call::Connect(call) => ports::connect(context, conn, call),
         Call::ListPorts(_) => ports::list(),
         call if files::is_call(&call) => files::answer(context, conn, call),
@@ -42,7 +52,7 @@ fn pong(context: &Context) -> v1::Pong {
     v1::Pong {
         boottime_ns: crate::boot::now_ns(),
         last_activity_ns: context.activity.load(Ordering::Relaxed),
-        worker_restarts: 0,
+        worker_restarts: context.config.restarts,
     }
 }
 

@@ -1,5 +1,6 @@
 //! A connection of the host, blocking: frames in, frames out, one call long.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -11,10 +12,11 @@ use rustix::fs::Timespec;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 
-/// Bytes asked for in one read: a few frames of stream data.
+/// Most bytes asked for in one read: a few frames of stream data.
 const READ_SIZE: usize = 128 << 10;
 
-/// Bytes asked for while nothing but a request is expected, so that an idle connection is small.
+/// Bytes asked for in the first read; twice as many whenever they have all come. So a connection that
+/// carries little is small.
 const FIRST_READ: usize = 4 << 10;
 
 /// Why a connection is of no use any more.
@@ -102,6 +104,27 @@ impl Conn {
         self.decode()
     }
 
+    /// A frame out of the bytes that are here already.
+    pub(crate) fn buffered_frame(&mut self) -> Result<Option<Cow<'_, [u8]>>, ConnError> {
+        if !self.has_unread() {
+            return Ok(None);
+        }
+        let mut input = self.buffer.get(self.unread.clone()).unwrap_or_default();
+        let fed = self.decoder.feed(&mut input);
+        self.unread.start = self.unread.end.saturating_sub(input.len());
+        Ok(fed?)
+    }
+
+    /// Reads once; for a socket that is known to be readable. False at the end of the stream.
+    pub(crate) fn read_more(&mut self) -> Result<bool, ConnError> {
+        self.fill()
+    }
+
+    /// Sends what the socket takes at once; returns how many bytes that were.
+    pub(crate) fn send_now(&self, data: &[u8]) -> Result<usize, ConnError> {
+        send_now(self.fd.as_fd(), data)
+    }
+
     fn decode<M: Message + Default>(&mut self) -> Result<Option<M>, ConnError> {
         if !self.has_unread() {
             return Ok(None);
@@ -116,12 +139,11 @@ impl Conn {
 
     /// Reads once. False at the end of the stream.
     fn fill(&mut self) -> Result<bool, ConnError> {
-        let wanted = if self.buffer.is_empty() {
-            FIRST_READ
-        } else {
-            READ_SIZE
-        };
-        self.buffer.resize(wanted, 0);
+        if self.buffer.is_empty() {
+            self.buffer.resize(FIRST_READ, 0);
+        } else if self.unread.end == self.buffer.len() && self.buffer.len() < READ_SIZE {
+            self.buffer = vec![0; self.buffer.len().saturating_mul(2)];
+        }
         self.unread = 0..0;
         loop {
             match rustix::net::recv(&self.fd, self.buffer.as_mut_slice(), RecvFlags::empty()) {
@@ -201,6 +223,21 @@ pub(crate) fn send_all(fd: BorrowedFd<'_>, mut data: &[u8]) -> Result<(), ConnEr
         }
     }
     Ok(())
+}
+
+/// Sends what the socket takes at once; returns how many bytes that were.
+pub(crate) fn send_now(fd: BorrowedFd<'_>, mut data: &[u8]) -> Result<usize, ConnError> {
+    let all = data.len();
+    while !data.is_empty() {
+        match rustix::net::send(fd, data, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+            Ok(sent) => data = data.get(sent..).unwrap_or_default(),
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => break,
+            Err(Errno::PIPE | Errno::CONNRESET) => return Err(ConnError::HungUp),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(all.saturating_sub(data.len()))
 }
 
 /// Waits until there is something to read, or an end. False: the deadline came first.

@@ -7,8 +7,11 @@
 mod calls;
 mod conn;
 mod files;
+mod holder;
 mod ports;
+mod process;
 mod procfs;
+mod relay;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -18,10 +21,13 @@ use std::time::{Duration, Instant};
 
 use belljar_protocol::v1::{self, error::Code, reply::Result as Answer};
 use belljar_protocol::{GENERATION, HOST_CID};
+use prost::Message;
 
 use self::conn::{Conn, ConnError};
+use self::holder::Holder;
 use crate::log;
 use crate::sys;
+use crate::wire::{CONTROL_FD, LISTENER_FD, MAX_CONTROL, WorkerConfig};
 
 /// How long a connection may take to send its request.
 const REQUEST_TIME: Duration = Duration::from_secs(10);
@@ -42,8 +48,8 @@ const STACK: usize = 192 << 10;
 /// What all calls share.
 #[derive(Debug)]
 pub(crate) struct Context {
-    pub(crate) abilities: Vec<i32>,
-    pub(crate) degraded: String,
+    pub(crate) config: WorkerConfig,
+    pub(crate) holder: Holder,
     /// `CLOCK_BOOTTIME` in nanoseconds of the last call that counts as activity.
     pub(crate) activity: AtomicU64,
     listener: OwnedFd,
@@ -102,12 +108,48 @@ pub(crate) fn system_error(what: impl std::fmt::Display, errno: rustix::io::Errn
     }
 }
 
+/// The worker's whole life: what the holder starts in a process of its own.
+pub(crate) fn run() -> i32 {
+    sys::share_one_heap();
+    if rustix::process::getppid().is_some_and(|parent| parent.is_init()) {
+        log::open_console();
+    }
+    match start() {
+        Ok(context) => {
+            let context = Arc::new(context);
+            context.serve();
+            loop {
+                std::thread::park();
+            }
+        }
+        Err(error) => {
+            log!("a worker cannot start: {error}");
+            1
+        }
+    }
+}
+
+fn start() -> io::Result<Context> {
+    // A shutdown asks all processes to end, but not this one.
+    sys::block_signals()?;
+    let listener = sys::inherited(LISTENER_FD)?;
+    let control = sys::inherited(CONTROL_FD)?;
+    let mut bytes = vec![0; MAX_CONTROL];
+    let (_, got) = rustix::net::recv(
+        &control,
+        bytes.as_mut_slice(),
+        rustix::net::RecvFlags::empty(),
+    )?;
+    let config = WorkerConfig::decode(bytes.get(..got).unwrap_or_default())?;
+    Ok(Context::new(listener, Holder::new(control), config))
+}
+
 impl Context {
     /// On a blocking, listening socket.
-    pub(crate) fn new(listener: OwnedFd, abilities: Vec<i32>, degraded: String) -> Self {
+    fn new(listener: OwnedFd, holder: Holder, config: WorkerConfig) -> Self {
         Self {
-            abilities,
-            degraded,
+            config,
+            holder,
             activity: AtomicU64::new(0),
             listener,
             threads: AtomicUsize::new(0),
@@ -125,14 +167,14 @@ impl Context {
     pub(crate) fn head(&self, result: Answer) -> v1::Reply {
         v1::Reply {
             generation: GENERATION,
-            abilities: self.abilities.clone(),
-            degraded: self.degraded.clone(),
+            abilities: self.config.abilities.clone(),
+            degraded: self.config.degraded.clone(),
             result: Some(result),
         }
     }
 
     /// Begins to serve, in threads of its own.
-    pub(crate) fn serve(self: &Arc<Self>) {
+    fn serve(self: &Arc<Self>) {
         // Calls say the mode of what they make.
         rustix::process::umask(rustix::fs::Mode::empty());
         self.add_thread();
@@ -141,7 +183,7 @@ impl Context {
     fn take_turns(self: &Arc<Self>) {
         loop {
             self.waiting.fetch_add(1, Ordering::AcqRel);
-            let accepted = sys::accept_blocking(self.listener.as_fd());
+            let accepted = sys::accept(self.listener.as_fd());
             let others = self.waiting.fetch_sub(1, Ordering::AcqRel) - 1;
             match accepted {
                 Ok((fd, peer)) => {

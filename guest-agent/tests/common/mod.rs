@@ -46,7 +46,7 @@ impl Agent {
 
     /// With the calls that need no other process.
     pub fn start_worker() -> Self {
-        Self::start_as("--serve-worker", None)
+        Self::start()
     }
 
     fn start_in(cgroup: Option<PathBuf>) -> Self {
@@ -95,10 +95,25 @@ impl Agent {
         client::ping(self.connect(), soon()).is_ok()
     }
 
+    /// Process id of the worker that runs now.
+    pub fn worker_pid(&self) -> Option<u32> {
+        self.all_children().into_iter().find_map(|pid| {
+            let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+            command.ends_with(b"--worker\0").then(|| pid.parse().ok())?
+        })
+    }
+
+    fn pids(&self) -> Vec<u32> {
+        self.worker_pid().into_iter().chain([self.pid()]).collect()
+    }
+
+    /// Of both processes.
     pub fn open_descriptors(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/fd", self.pid()))
-            .unwrap()
-            .count()
+        let open = |pid| {
+            let open = fs::read_dir(format!("/proc/{pid}/fd"));
+            open.map_or(0, |open| open.count())
+        };
+        self.pids().into_iter().map(open).sum()
     }
 
     /// Open descriptors once those of ended calls are closed.
@@ -112,20 +127,34 @@ impl Agent {
         before
     }
 
+    /// Children of the holder but for the worker.
     pub fn children(&self) -> Vec<String> {
+        let worker = self.worker_pid().map(|pid| pid.to_string());
+        let mut children = self.all_children();
+        children.retain(|pid| Some(pid) != worker.as_ref());
+        children
+    }
+
+    fn all_children(&self) -> Vec<String> {
         let pid = self.pid();
         let path = format!("/proc/{pid}/task/{pid}/children");
         let text = fs::read_to_string(path).unwrap();
         text.split_whitespace().map(str::to_owned).collect()
     }
 
+    /// Of both processes.
     pub fn resident_kib(&self) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
-        let line = status
-            .lines()
-            .find(|line| line.starts_with("VmRSS:"))
-            .unwrap();
-        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+        self.resident_kib_of_each().into_iter().sum()
+    }
+
+    /// Of worker and holder.
+    pub fn resident_kib_of_each(&self) -> Vec<u64> {
+        let resident = |pid| -> Option<u64> {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+            let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
+            line.split_whitespace().nth(1)?.parse().ok()
+        };
+        self.pids().into_iter().filter_map(resident).collect()
     }
 
     /// Waits for the agent to end by itself.
@@ -136,6 +165,17 @@ impl Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
+        // A holder that is stopped starts no further worker.
+        let _ = Command::new("kill")
+            .args(["-STOP", &self.pid().to_string()])
+            .stderr(Stdio::null())
+            .status();
+        let children = self.pid();
+        let children = format!("/proc/{children}/task/{children}/children");
+        let children = fs::read_to_string(children).unwrap_or_default();
+        for pid in children.split_whitespace() {
+            let _ = Command::new("kill").args(["-KILL", pid]).status();
+        }
         let _ = self.process.kill();
         let _ = self.process.wait();
         if let Some(cgroup) = &self.cgroup {
@@ -186,4 +226,11 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
 pub fn is_running(pid: u32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/stat"))
         .is_ok_and(|stat| !stat.rsplit(')').next().unwrap_or("").starts_with(" Z"))
+}
+
+/// SIGKILL.
+pub fn kill(pid: u32) {
+    let _ = Command::new("kill")
+        .args(["-KILL", &pid.to_string()])
+        .status();
 }

@@ -4,35 +4,42 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use belljar_protocol::frame;
 use belljar_protocol::{HOST_CID, READY_PORT, v1};
+use rustix::io::Errno;
+use rustix::net::SendFlags;
 
-use super::socket::Socket;
 use crate::sys;
 
 /// After this the host does not want to know.
 const TIME: Duration = Duration::from_secs(5);
 
 /// A connection to the host on its way.
+#[derive(Debug)]
 pub(super) struct Announcement {
-    socket: Socket,
+    fd: OwnedFd,
+    message: Vec<u8>,
+    sent: usize,
     expires: Instant,
 }
 
 impl AsFd for Announcement {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+        self.fd.as_fd()
     }
 }
 
 impl Announcement {
     pub(super) fn begin(ready: &v1::Ready) -> io::Result<Self> {
         let fd: OwnedFd = sys::vsock_connect(HOST_CID, READY_PORT)?;
-        let mut socket = Socket::new(fd);
-        socket.writable = false;
-        socket.queue(ready);
+        let mut message = Vec::new();
+        // An announcement is short.
+        let _ = frame::encode(ready, &mut message);
         let now = Instant::now();
         Ok(Self {
-            socket,
+            fd,
+            message,
+            sent: 0,
             expires: now.checked_add(TIME).unwrap_or(now),
         })
     }
@@ -43,7 +50,17 @@ impl Announcement {
 
     /// The socket has reported itself. True: sent, or nobody listens; either way it is over.
     pub(super) fn advance(&mut self) -> bool {
-        self.socket.writable = true;
-        self.socket.flush().is_err() || self.socket.is_drained()
+        loop {
+            let rest = self.message.get(self.sent..).unwrap_or_default();
+            if rest.is_empty() {
+                return true;
+            }
+            match rustix::net::send(&self.fd, rest, SendFlags::NOSIGNAL) {
+                Ok(sent) => self.sent = self.sent.saturating_add(sent),
+                Err(Errno::AGAIN) => return false,
+                Err(Errno::INTR) => {}
+                Err(_) => return true,
+            }
+        }
     }
 }

@@ -1,0 +1,353 @@
+//! Starting a program that the worker has prepared.
+
+use std::collections::VecDeque;
+use std::ffi::CString;
+use std::time::{Duration, Instant};
+
+use belljar_protocol::v1::{self, error::Code, event::What};
+use rustix::event::epoll::EventFlags;
+
+use super::channel::{Role, Viewer};
+use super::input::Input;
+use super::process::{About, Output, Owner, Process, sane_size};
+use super::requests::MAX_NAME;
+use super::table::MAX_RUNNING;
+use super::{Holder, KIND_STDERR, KIND_STDIN, KIND_STDOUT, KIND_TERMINAL, token, unix_ns};
+use crate::exec::cgroup::Leaf;
+use crate::exec::lifecycle::Lifecycle;
+use crate::exec::plan;
+use crate::exec::streams::{self, OwnEnds};
+use crate::sys::spawn::{Failure, Ids, Program, ResourceLimit, Step};
+use crate::wire::{SpawnFailed, Start, Started, from_holder::Message as Said};
+
+/// Bytes of a ring: by default, and the most and the least that is given.
+const DEFAULT_RING: u64 = 1 << 20;
+const MAX_RING: u64 = 64 << 20;
+const MIN_RING: u64 = 4 << 10;
+
+/// Arguments are kept for those who ask, up to so many bytes.
+const MAX_ARGV_KEPT: usize = 4 << 10;
+
+/// Longest key of an owner, bytes.
+const MAX_KEY: usize = 32;
+
+/// Longest text that names a user, bytes.
+const MAX_USER: usize = 256;
+
+/// RLIMIT_NOFILE
+const RLIMIT_NOFILE: u32 = 7;
+
+/// Why a start came to nothing.
+enum NotStarted {
+    Refused(Code, &'static str),
+    Failed(Failure),
+}
+
+impl From<rustix::io::Errno> for NotStarted {
+    fn from(errno: rustix::io::Errno) -> Self {
+        Self::Failed(Failure {
+            step: Step::Descriptors,
+            errno: errno.raw_os_error(),
+        })
+    }
+}
+
+impl Holder {
+    /// Starts a program for a channel, or finds the one of that name.
+    pub(super) fn start(&mut self, channel: u64, start: Start) {
+        if self.stopping.is_some() {
+            return self.refuse(channel, Code::ShuttingDown, "the guest is shutting down");
+        }
+        if let Some(known) = self.table.by_name(&start.name).map(|it| (it.id, it.pid)) {
+            let (id, pid) = known;
+            let is_running = self.table.get(id).is_some_and(Process::is_running);
+            if is_running || !start.replace_ended {
+                return self.say(
+                    channel,
+                    Said::Started(Started {
+                        pid: pid.unsigned_abs(),
+                        id,
+                        existed: true,
+                    }),
+                );
+            }
+            self.forget(id);
+        }
+        if self.table.running() >= MAX_RUNNING {
+            let message = format!("{MAX_RUNNING} processes run already");
+            return self.refuse(channel, Code::Busy, message);
+        }
+        match self.try_start(channel, start) {
+            Ok(id) => {
+                let Some(process) = self.table.get(id) else {
+                    return;
+                };
+                let started = Started {
+                    pid: process.pid.unsigned_abs(),
+                    id,
+                    existed: false,
+                };
+                let event = v1::ProcessStarted {
+                    id,
+                    name: process.name.clone(),
+                    pid: process.pid.unsigned_abs(),
+                };
+                self.say(channel, Said::Started(started));
+                self.add_event(What::Started(event));
+            }
+            Err(NotStarted::Refused(code, message)) => self.refuse(channel, code, message),
+            Err(NotStarted::Failed(failure)) => self.say(
+                channel,
+                Said::SpawnFailed(SpawnFailed {
+                    step: failure.step.number(),
+                    errno: failure.errno.unsigned_abs(),
+                }),
+            ),
+        }
+    }
+
+    fn try_start(&mut self, channel: u64, start: Start) -> Result<u64, NotStarted> {
+        check(&start)?;
+        let mut program = program(&start).ok_or(NotStarted::Refused(
+            Code::Invalid,
+            "a path, an argument or a variable holds a NUL byte",
+        ))?;
+        let terminal = start.terminal.as_ref().map(sane_size);
+        let (own, child) = match &terminal {
+            Some(size) => streams::terminal(size)?,
+            None => streams::pipes(start.stdin)?,
+        };
+        if let Some(ids) = &program.ids {
+            child.give_to(ids.uid, ids.gid);
+        }
+        // What this process may open more than programs do is its own.
+        if !program
+            .limits
+            .iter()
+            .any(|limit| limit.resource == RLIMIT_NOFILE)
+            && let Some(values) = descriptor_limit(self.descriptors)
+        {
+            program.limits.push(ResourceLimit {
+                resource: RLIMIT_NOFILE,
+                values,
+            });
+        }
+        let leaf = self.take_leaf(start.limits.as_ref())?;
+        let spawned = self.spawner.spawn(
+            &program,
+            &child.stdio(&self.null),
+            leaf.as_ref().map(Leaf::folder),
+        );
+        drop(child);
+        self.untidy = true;
+        let pid = match spawned {
+            Ok(pid) => pid,
+            Err(failure) => {
+                self.returned.extend(leaf);
+                return Err(NotStarted::Failed(failure));
+            }
+        };
+        let process = self.record(channel, start, terminal, own, pid, leaf);
+        let id = process.id;
+        let watched = self.watch_process(&process);
+        if watched.is_err() {
+            process.kill_tree();
+        }
+        self.insert(channel, process);
+        watched.map_err(NotStarted::from)?;
+        Ok(id)
+    }
+
+    /// A cgroup, with limits if there are any. Without cgroups programs run all the same, but not
+    /// with limits that nobody enforces.
+    fn take_leaf(&mut self, limits: Option<&v1::Limits>) -> Result<Option<Leaf>, NotStarted> {
+        let limits = limits.filter(|limits| **limits != v1::Limits::default());
+        let leaf = self.cgroups.as_mut().and_then(|cgroups| {
+            let leaf = cgroups.take();
+            leaf.inspect_err(|error| crate::log!("no cgroup for a program: {error}"))
+                .ok()
+        });
+        let (Some(limits), Some(limited)) = (limits, &leaf) else {
+            return match limits {
+                Some(_) => Err(NotStarted::Refused(
+                    Code::Invalid,
+                    "limits: this guest has no cgroups",
+                )),
+                None => Ok(leaf),
+            };
+        };
+        match limited.limit(limits) {
+            Ok(()) => Ok(leaf),
+            Err(error) => {
+                crate::log!("cannot limit a program: {error}");
+                self.returned.extend(leaf);
+                Err(NotStarted::Refused(
+                    Code::Invalid,
+                    "limits: the guest's kernel does not take one of them",
+                ))
+            }
+        }
+    }
+
+    fn record(
+        &mut self,
+        channel: u64,
+        start: Start,
+        terminal: Option<v1::Terminal>,
+        own: OwnEnds,
+        pid: i32,
+        leaf: Option<Leaf>,
+    ) -> Process {
+        let now = Instant::now();
+        let ring = match start.ring_bytes {
+            0 => DEFAULT_RING,
+            bytes => bytes.clamp(MIN_RING, MAX_RING),
+        };
+        let about = About {
+            argv: cut(&start.argv, MAX_ARGV_KEPT),
+            cwd: start.cwd,
+            user: start.user,
+            limits: start.limits,
+            boottime_ns: crate::boot::now_ns(),
+            unix_ns: unix_ns(),
+        };
+        let owner = if start.detached {
+            Owner::None
+        } else {
+            Owner::Channel(channel)
+        };
+        Process {
+            id: self.table.next_id(),
+            name: start.name,
+            pid,
+            about: Box::new(about),
+            started: now,
+            keep: Duration::from_millis(start.keep_ms),
+            life: Lifecycle::new(plan::limit(start.time_limit_ms, start.grace_ms, now)),
+            leaf,
+            owner,
+            owner_key: start.owner_key,
+            holds: [None; 2],
+            outputs: [
+                Output::new(Some(own.stdout), ring),
+                Output::new(own.stderr, ring),
+            ],
+            terminal,
+            stdin: own.stdin,
+            stdin_writable: true,
+            input: Input::default(),
+            senders: VecDeque::new(),
+            viewers: Vec::new(),
+            waiters: Vec::new(),
+            ended: None,
+            finals: [None; 2],
+            drain_to: None,
+        }
+    }
+
+    fn watch_process(&self, process: &Process) -> rustix::io::Result<()> {
+        let input = EventFlags::IN | EventFlags::ET;
+        let output = EventFlags::OUT | EventFlags::ET;
+        let id = process.id;
+        let [stdout, stderr] = process.outputs.each_ref().map(|output| output.fd.as_ref());
+        if process.terminal.is_some() {
+            if let Some(fd) = stdout {
+                self.watch(fd, token(id, KIND_TERMINAL), input | output)?;
+            }
+            return Ok(());
+        }
+        let watched = [
+            (stdout, KIND_STDOUT, input),
+            (stderr, KIND_STDERR, input),
+            (process.stdin.as_ref(), KIND_STDIN, output),
+        ];
+        for (fd, kind, flags) in watched {
+            if let Some(fd) = fd {
+                self.watch(fd, token(id, kind), flags)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Enters a process that runs, with the channel that started it as its first reader.
+    fn insert(&mut self, channel: u64, mut process: Process) {
+        let id = process.id;
+        let mut viewer = Viewer::new(id);
+        viewer.is_told_all = !process.name.is_empty() || !process.owner_key.is_empty();
+        viewer.size = process.terminal;
+        (viewer.input_session, _) = process.input.open(0);
+        if let Some(at) = process.life.wakes_at() {
+            self.timers.insert((at, id));
+        }
+        process.viewers.push(channel);
+        if let Some(channel) = self.channels.get_mut(&channel) {
+            channel.role = Role::Viewer(Box::new(viewer));
+        }
+        self.table.insert(process);
+    }
+}
+
+fn check(start: &Start) -> Result<(), NotStarted> {
+    let refused = |message| Err(NotStarted::Refused(Code::Invalid, message));
+    if start.name.len() > MAX_NAME {
+        return refused("name: longer than 128 bytes");
+    }
+    if start.owner_key.len() > MAX_KEY {
+        return refused("owner_key: longer than 32 bytes");
+    }
+    if start.user.len() > MAX_USER {
+        return refused("user: longer than 256 bytes");
+    }
+    Ok(())
+}
+
+/// `None`: a string holds a NUL byte.
+fn program(start: &Start) -> Option<Program> {
+    let strings = |list: &[Vec<u8>]| -> Option<Vec<CString>> {
+        list.iter()
+            .map(|bytes| CString::new(bytes.as_slice()).ok())
+            .collect()
+    };
+    Some(Program {
+        candidates: strings(&start.candidates)?,
+        argv: strings(&start.argv)?,
+        env: strings(&start.env)?,
+        cwd: CString::new(start.cwd.as_slice()).ok()?,
+        ids: start.identity.as_ref().map(|identity| Ids {
+            uid: identity.uid,
+            gid: identity.gid,
+            groups: identity.groups.clone(),
+        }),
+        limits: start
+            .rlimits
+            .iter()
+            .map(|limit| ResourceLimit {
+                resource: limit.resource,
+                values: [limit.soft, limit.hard],
+            })
+            .collect(),
+        has_terminal: start.terminal.is_some(),
+    })
+}
+
+/// The limit of descriptors for programs: our own hard one, and a soft one that is not ours.
+fn descriptor_limit(soft: u64) -> Option<[u64; 2]> {
+    let own = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let hard = own.maximum.unwrap_or(u64::MAX);
+    (own.current != Some(soft)).then_some([soft.min(hard), hard])
+}
+
+/// The first arguments, as far as they fit into so many bytes.
+fn cut(argv: &[Vec<u8>], most: usize) -> Vec<Vec<u8>> {
+    let mut left = most;
+    let mut kept = Vec::new();
+    for argument in argv {
+        let part = argument.get(..left).unwrap_or(argument);
+        kept.push(part.to_vec());
+        left = left.saturating_sub(part.len());
+        if left == 0 {
+            break;
+        }
+    }
+    kept
+}
