@@ -570,7 +570,7 @@ fn names_are_made_changed_and_removed() {
 fn a_tree_of_any_depth_is_changed_copied_and_removed() {
     let world = World::new();
     // Deeper than any path can say.
-    let depth = 6000;
+    let depth = 2500;
     fs::create_dir(world.path("deep")).unwrap();
     let root = fs::File::open(world.path("deep")).unwrap();
     let mut dirs = belljar_tree::dirs::Dirs::new(root.into());

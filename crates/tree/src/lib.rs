@@ -7,7 +7,12 @@
 
 pub mod attributes;
 pub mod dirs;
+pub mod names;
+pub mod pack;
+pub mod problems;
 pub mod remove;
+pub mod tar;
+pub mod unpack;
 pub mod walk;
 
 use std::ffi::CStr;

@@ -8,6 +8,7 @@ mod make;
 mod path;
 mod read;
 mod rights;
+mod tree;
 mod write;
 mod xattrs;
 
@@ -34,6 +35,8 @@ pub(super) const fn is_call(call: &Call) -> bool {
             | Call::Change(_)
             | Call::Xattrs(_)
             | Call::StatFs(_)
+            | Call::ReadTree(_)
+            | Call::WriteTree(_)
     )
 }
 
@@ -54,6 +57,8 @@ pub(super) fn answer(context: &Context, conn: &mut Conn, call: Call) -> Answered
             xattrs::xattrs(&call).map(|list| Outcome::Reply(Answer::Xattrs(list)))
         }
         Call::StatFs(call) => info::stat_fs(&call).map(|info| Outcome::Reply(Answer::StatFs(info))),
+        Call::ReadTree(call) => tree::read(context, conn, &call),
+        Call::WriteTree(call) => tree::write(context, conn, &call),
         _ => Err(refusal(Code::Unimplemented, "no file call").into()),
     }
 }

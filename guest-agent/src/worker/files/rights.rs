@@ -46,6 +46,14 @@ impl Rights {
             .map_err(|errno| system_error(format_args!("cannot act as user {user}"), errno))
     }
 
+    /// Whether files may be given to anybody.
+    pub(super) fn is_root(&self) -> bool {
+        match &self.before {
+            None => rustix::process::geteuid().is_root(),
+            Some(_) => sys::set_file_ids(UNCHANGED, UNCHANGED).0 == 0,
+        }
+    }
+
     fn take(identity: &Identity) -> Result<Self, Errno> {
         let (uid, gid) = sys::set_file_ids(UNCHANGED, UNCHANGED);
         let before = Before {
