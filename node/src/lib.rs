@@ -5,6 +5,7 @@ pub mod accounting;
 pub mod assets;
 pub mod bounded_log;
 pub mod cgroup;
+pub mod console;
 pub mod cpu;
 pub mod diagnosis;
 pub mod disk;

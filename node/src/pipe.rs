@@ -14,17 +14,31 @@ const HELD_MAX: usize = 64 * 1024;
 /// After `poll` says that a pipe has room, this much can be written without waiting (`pipe(7)`, PIPE_BUF).
 const SAFE_WRITE: usize = 4096;
 
-/// What becomes of the bytes that were typed.
-pub trait Input {
+/// What becomes of the bytes that are typed and shown.
+pub trait Watcher {
     /// Appends to `out` what goes to the guest; `false` to leave.
     fn typed(&mut self, bytes: &[u8], out: &mut Vec<u8>) -> bool;
+
+    /// These bytes came from the guest and are about to be shown.
+    fn shown(&mut self, bytes: &[u8]) {
+        let _ = bytes;
+    }
+
+    /// A signal came; `false` to end.
+    ///
+    /// # Errors
+    /// The terminal is gone.
+    fn signalled(&mut self, signal: i32) -> io::Result<bool> {
+        let _ = signal;
+        Ok(false)
+    }
 }
 
 /// Every byte goes to the guest.
 #[derive(Debug, Clone, Copy)]
 pub struct Everything;
 
-impl Input for Everything {
+impl Watcher for Everything {
     fn typed(&mut self, bytes: &[u8], out: &mut Vec<u8>) -> bool {
         out.extend_from_slice(bytes);
         true
@@ -55,7 +69,7 @@ pub fn connect(
     input: Option<BorrowedFd<'_>>,
     output: BorrowedFd<'_>,
     signals: Option<&SignalFd>,
-    filter: &mut impl Input,
+    watcher: &mut impl Watcher,
 ) -> io::Result<PipeEnd> {
     stream.set_nonblocking(true)?;
     let (mut to_guest, mut to_output) = (Vec::new(), Vec::new());
@@ -84,6 +98,7 @@ pub fn connect(
 
         if is_ready(signalled)
             && let Some(signal) = signals.and_then(SignalFd::take)
+            && !watcher.signalled(signal)?
         {
             return Ok(PipeEnd::Signal(signal));
         }
@@ -109,7 +124,11 @@ pub fn connect(
         if is_ready(from_guest) {
             match stream.read(&mut buffer) {
                 Ok(0) => closed = true,
-                Ok(count) => to_output.extend_from_slice(buffer.get(..count).unwrap_or_default()),
+                Ok(count) => {
+                    let bytes = buffer.get(..count).unwrap_or_default();
+                    watcher.shown(bytes);
+                    to_output.extend_from_slice(bytes);
+                }
                 Err(error) if is_passing(&error) => {}
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => closed = true,
                 Err(error) => return Err(error),
@@ -121,7 +140,7 @@ pub fn connect(
             match rustix::io::read(fd, &mut buffer[..]) {
                 Ok(count) if count > 0 => {
                     let bytes = buffer.get(..count).unwrap_or_default();
-                    if !filter.typed(bytes, &mut to_guest) {
+                    if !watcher.typed(bytes, &mut to_guest) {
                         return Ok(PipeEnd::Left);
                     }
                 }

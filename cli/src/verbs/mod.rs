@@ -2,6 +2,7 @@
 
 pub(crate) mod attach;
 pub(crate) mod completion;
+pub(crate) mod console;
 pub(crate) mod create;
 pub(crate) mod debug;
 pub(crate) mod doctor;

@@ -91,12 +91,15 @@ impl<'a> RawTerminal<'a> {
     }
 
     /// Notes what is about to be written to it.
-    pub(super) fn follow(&mut self, output: &[u8]) {
+    pub fn follow(&mut self, output: &[u8]) {
         self.modes.follow(output);
     }
 
     /// Somebody wants this process stopped: gives the terminal back, stops, and takes it again.
-    pub(super) fn suspend(&mut self) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// The terminal is gone.
+    pub fn suspend(&mut self) -> io::Result<()> {
         restore(&self.saved);
         if let Some(own) = Pid::from_raw(i32::try_from(std::process::id()).unwrap_or(0)) {
             rustix::process::kill_process(own, Signal::STOP)?;
@@ -105,7 +108,10 @@ impl<'a> RawTerminal<'a> {
     }
 
     /// After this process was stopped and goes on: a shell has set the terminal for itself meanwhile.
-    pub(super) fn resume(&self) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// The terminal is gone.
+    pub fn resume(&self) -> io::Result<()> {
         self.make_raw()
     }
 }
