@@ -7,6 +7,7 @@ use belljar_protocol::v1::{self, error::Code, reply::Result as Answer, request::
 use super::conn::Conn;
 use super::{Answered, Context, Outcome, files, ports, process, refusal};
 use crate::wire::to_holder::Message as Asked;
+use super::{Answered, Context, Outcome, files, ports, refusal, watch};
 
 /// Carries out a call, up to the end of its stream if it has one.
 pub(super) fn answer(context: &Context, conn: &mut Conn, request: v1::Request) -> Answered {
@@ -31,6 +32,8 @@ pub(super) fn answer(context: &Context, conn: &mut Conn, request: v1::Request) -
         Call::Connect(call) => ports::connect(context, conn, call),
         Call::ListPorts(_) => ports::list(),
         call if files::is_call(&call) => files::answer(context, conn, call),
+        Call::Watch(call) => watch::watch(context, conn, &call),
+        Call::Unwatch(call) => watch::unwatch(context, call),
         _ => Err(unknown().into()),
     }
 }

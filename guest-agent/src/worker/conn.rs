@@ -19,6 +19,9 @@ const READ_SIZE: usize = 128 << 10;
 /// carries little is small.
 const FIRST_READ: usize = 4 << 10;
 
+/// Bytes of small messages that are sent together.
+const SEND_SIZE: usize = 64 << 10;
+
 /// Why a connection is of no use any more.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConnError {
@@ -164,6 +167,21 @@ impl Conn {
         if frame::encode(message, &mut self.out).is_err() {
             crate::log!("dropped a message longer than a frame");
             return Ok(());
+        }
+        send_all(self.fd.as_fd(), &self.out)
+    }
+
+    /// Sends messages, each a frame, in as few pieces as possible.
+    pub(crate) fn send_each<M: Message>(&mut self, messages: &[M]) -> Result<(), ConnError> {
+        self.out.clear();
+        for message in messages {
+            if frame::encode(message, &mut self.out).is_err() {
+                crate::log!("dropped a message longer than a frame");
+            }
+            if self.out.len() >= SEND_SIZE {
+                send_all(self.fd.as_fd(), &self.out)?;
+                self.out.clear();
+            }
         }
         send_all(self.fd.as_fd(), &self.out)
     }

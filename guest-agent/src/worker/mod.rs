@@ -12,6 +12,7 @@ mod ports;
 mod process;
 mod procfs;
 mod relay;
+mod watch;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -52,6 +53,7 @@ pub(crate) struct Context {
     pub(crate) holder: Holder,
     /// `CLOCK_BOOTTIME` in nanoseconds of the last call that counts as activity.
     pub(crate) activity: AtomicU64,
+    pub(crate) watches: watch::Watches,
     listener: OwnedFd,
     threads: AtomicUsize,
     waiting: AtomicUsize,
@@ -151,6 +153,7 @@ impl Context {
             config,
             holder,
             activity: AtomicU64::new(0),
+            watches: watch::Watches::default(),
             listener,
             threads: AtomicUsize::new(0),
             waiting: AtomicUsize::new(0),

@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use super::conn::Conn;
 use super::{Answered, Context, Outcome, refusal, system_error};
 use path::GuestPath;
+pub(super) use rights::Rights;
 
 /// Whether [`answer`] knows the call.
 pub(super) const fn is_call(call: &Call) -> bool {

@@ -30,13 +30,13 @@ struct Before {
 
 /// Holds the rights of a user for the calling thread; gives the agent's own back when dropped.
 #[derive(Debug)]
-pub(super) struct Rights {
+pub(in crate::worker) struct Rights {
     before: Option<Before>,
 }
 
 impl Rights {
     /// Of `USER[:GROUP]`, names or numbers; empty: the agent's own.
-    pub(super) fn of(user: &str) -> Result<Self, v1::Error> {
+    pub(in crate::worker) fn of(user: &str) -> Result<Self, v1::Error> {
         if matches!(user, "" | "root" | "0") {
             return Ok(Self { before: None });
         }
