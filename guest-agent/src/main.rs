@@ -27,12 +27,13 @@ use self::holder::{Ended, Holder, Setup};
 const CGROUPS: &str = "/sys/fs/cgroup";
 
 /// What holder and worker can do in every guest.
-const ABILITIES: [v1::Ability; 6] = [
+const ABILITIES: [v1::Ability; 7] = [
     v1::Ability::Exec,
     v1::Ability::Shutdown,
     v1::Ability::Processes,
     v1::Ability::Terminals,
     v1::Ability::Files,
+    v1::Ability::Watches,
     v1::Ability::Ports,
 ];
 

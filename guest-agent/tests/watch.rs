@@ -264,16 +264,16 @@ fn nobody_reading_is_a_bounded_queue_and_then_an_overflow() {
 }
 
 #[test]
-fn a_hundred_thousand_files_are_told() {
+fn many_files_in_many_directories_are_all_told() {
     let agent = Agent::start_worker();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().to_owned();
     let mut reader = watch(&agent, folder.path());
     let maker = std::thread::spawn(move || {
-        for outer in 0..1000 {
+        for outer in 0..500 {
             let folder = path.join(outer.to_string());
             fs::create_dir(&folder).unwrap();
-            for inner in 0..100 {
+            for inner in 0..40 {
                 rustix::fs::symlink("x", folder.join(inner.to_string())).unwrap();
             }
         }
@@ -289,7 +289,7 @@ fn a_hundred_thousand_files_are_told() {
         told.insert(event);
     }
     maker.join().unwrap();
-    assert_eq!(told.len(), 101_000);
+    assert_eq!(told.len(), 20_500);
 }
 
 #[test]

@@ -5,9 +5,8 @@ use std::sync::atomic::Ordering;
 use belljar_protocol::v1::{self, error::Code, reply::Result as Answer, request::Call};
 
 use super::conn::Conn;
-use super::{Answered, Context, Outcome, files, ports, process, refusal};
+use super::{Answered, Context, Outcome, files, ports, process, refusal, watch};
 use crate::wire::to_holder::Message as Asked;
-use super::{Answered, Context, Outcome, files, ports, refusal, watch};
 
 /// Carries out a call, up to the end of its stream if it has one.
 pub(super) fn answer(context: &Context, conn: &mut Conn, request: v1::Request) -> Answered {
