@@ -1,6 +1,8 @@
 //! Sandboxes that outlive the command that made them.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -186,6 +188,50 @@ fn what_a_crash_or_a_reboot_did_to_a_persistent_sandbox_is_told_and_survived() {
 }
 
 #[test]
+fn a_port_stays_with_the_sandbox_and_its_disk_survives_a_stop() {
+    let user = User::new();
+    let said = user.says(&["run", "-d", "--name", "web"]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    let server = "cd /root; echo kept >page; exec python3 -c \"\
+        import socket\n\
+        s = socket.create_server(('127.0.0.1', 80))\n\
+        while True:\n \
+            c = s.accept()[0]; c.sendall(open('page', 'rb').read()); c.close()\"";
+    let said = user.says(&["exec", "-d", "web", "--", "sh", "-c", server]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    let forwards = json(&user.says(&["port", "-d", "web", "0:80"]));
+    let address = forwards[0]["listen"].as_str().unwrap().to_owned();
+    let page = || {
+        let mut text = String::new();
+        TcpStream::connect(&address)
+            .and_then(|mut stream| stream.read_to_string(&mut text))
+            .map(|_| text)
+            .unwrap_or_default()
+    };
+    // Until the server listens, connections are reset.
+    eventually("the page", || page() == "kept\n");
+    let listed = json(&user.says(&["port", "--forwards", "web"]));
+    assert_eq!(listed.as_array().unwrap().len(), 1);
+    assert!(listed[0]["total"].as_u64().unwrap() >= 1, "{listed}");
+    let port = address.rsplit(':').next().unwrap();
+    assert_eq!(user.says(&["port", "web", "--remove", port]).code(), 0);
+    assert_eq!(page(), "");
+    let said = user.says(&["port", "web", "--remove", port]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["nothing is forwarded"]);
+
+    // What was written is there after a stop and a start.
+    assert_eq!(user.says(&["stop", "web"]).code(), 0);
+    let said = user.says(&["port", "-d", "web", "0:80"]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["not running"]);
+    assert_eq!(user.says(&["start", "web"]).code(), 0);
+    user.says(&["exec", "web", "--", "cat", "/root/page"])
+        .is(0, "kept\n");
+    assert_eq!(user.says(&["rm", "-f", "web"]).code(), 0);
+}
+
+#[test]
 fn a_named_run_leaves_its_disk_and_a_killed_command_line_leaves_the_guest_to_nobody() {
     let user = User::new();
     user.run(&["--name", "job", "--", "sh", "-c", "echo done; exit 3"])
@@ -245,7 +291,8 @@ fn a_guest_that_hangs_is_understood() {
         SEIZE, INTERRUPT, STOP = 0x4206, 0x4207, 19\n\
         for call in (SEIZE, INTERRUPT): ctypes.CDLL(None).ptrace(call, 1, 0, 0)\n\
         os.kill(-1, STOP)\n\
-        while True: time.sleep(1000)";
+        console = open('/dev/hvc0', 'r+b', 0)\n\
+        while True: console.write(b'heard ' + console.readline())";
     let running = user.start(&["--name", "hung", "--", "python3", "-c", stopper]);
     thread::sleep(Duration::from_secs(1));
     let said = user.says(&["debug", "state", "hung", "-o", "table"]);
@@ -260,6 +307,17 @@ fn a_guest_that_hangs_is_understood() {
     let said = user.says(&["debug", "api", "hung", "/machine-config"]);
     assert_eq!(json(&said)["vcpu_count"], 1);
 
+    // The console works without the agent, both ways.
+    let mut console = Running::start(&mut user.belljar(&["console", "-i", "hung"]));
+    let mut keyboard = console.child.stdin.take().unwrap();
+    keyboard.write_all(b"hello\n").unwrap();
+    eventually("the guest to hear it", || {
+        String::from_utf8_lossy(&console.out_so_far()).contains("heard hello")
+    });
+    console.signal(rustix::process::Signal::TERM);
+    assert_eq!(console.wait().code(), 128 + 15);
+    drop(keyboard);
+
     // A VMM that somebody stopped is another matter.
     let vmm = rustix::process::Pid::from_raw(user.processes("belljar-vmm")[0]).unwrap();
     rustix::process::kill_process(vmm, rustix::process::Signal::STOP).unwrap();
@@ -271,5 +329,9 @@ fn a_guest_that_hangs_is_understood() {
     assert_eq!(said.code(), 0, "{}", said.err);
     said.explains(&["it was killed"]);
     assert_eq!(running.wait().code(), 125);
+    let said = user.says(&["console", "hung"]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["is stopped", "last words"]);
+    assert!(said.text().contains("heard hello"), "{}", said.text());
     assert_eq!(user.says(&["rm", "hung"]).code(), 0);
 }
