@@ -10,6 +10,7 @@ mod exec;
 mod holder;
 mod log;
 mod power;
+mod screen;
 mod sys;
 mod wire;
 mod worker;
@@ -69,6 +70,7 @@ pub(crate) fn start() -> i32 {
             Some(cgroup),
         ] => serve_unix(path, Some(cgroup)),
         [Some("--worker")] => worker::run(),
+        [Some(screen::RENDER), wanted @ ..] => screen::run(wanted),
         [Some("--version")] => {
             print_text(&format!(
                 "belljar-agent {} (protocol generation {GENERATION})\n",

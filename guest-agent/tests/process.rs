@@ -309,11 +309,65 @@ fn a_terminal_has_a_size_a_foreground_group_and_an_end_of_file() {
         true
     });
     shell.send(Input::Signal(2));
-    shell.send(Input::Stdin(b"echo after\n".to_vec()));
-    shell.until("$ after");
+    shell.send(Input::Stdin(b"echo af''ter\n".to_vec()));
+    shell.until("after\r\n");
     shell.send(Input::StdinEof(v1::StdinEof {}));
     let (_, others) = shell.rest();
     assert!(matches!(others.last(), Some(Output::End(_))), "{others:?}");
+}
+
+#[test]
+fn the_screen_of_a_terminal_is_drawn() {
+    let agent = Agent::start();
+    let script = "seq 1 40; printf '\\033[?1049h\\033[3;5Hhello'; sleep 0.2; \
+        printf '\\033[?1049l'; echo bye; sleep 30";
+    let exec = v1::Exec {
+        terminal: Some(v1::Terminal {
+            columns: 40,
+            rows: 10,
+        }),
+        ..daemon("s", script)
+    };
+    drop(Stream::open(&agent, Call::Exec(exec)));
+    let screen = |formatted| {
+        let screen = v1::GetScreen {
+            process: by_name("s"),
+            scrollback: 5,
+            formatted,
+        };
+        match call(&agent, Call::Screen(screen)).unwrap() {
+            Answer::Screen(screen) => screen,
+            other => panic!("{other:?}"),
+        }
+    };
+    wait_until("it is in the alternate screen", || screen(false).alternate);
+    let other = screen(false);
+    assert_eq!(other.content, b"\n\n    hello");
+    assert_eq!((other.cursor_row, other.cursor_column), (2, 9));
+    wait_until("it is back", || screen(false).content.ends_with(b"bye"));
+    let back = screen(false);
+    assert_eq!((back.columns, back.rows, back.alternate), (40, 10, false));
+    assert!(back.content.starts_with(b"33\n"), "{back:?}");
+    assert_eq!(back.scrollback, b"28\n29\n30\n31\n32");
+    assert!(screen(true).content.contains(&0x1b));
+    // Reading may go on where the screen ends.
+    let info = v1::Inspect {
+        process: by_name("s"),
+    };
+    let Answer::Process(info) = call(&agent, Call::Inspect(info)).unwrap() else {
+        panic!()
+    };
+    assert_eq!(info.stdout.unwrap().newest, back.offset);
+    drop(Stream::open(&agent, Call::Exec(daemon("plain", "sleep 1"))));
+    let none = v1::GetScreen {
+        process: by_name("plain"),
+        ..v1::GetScreen::default()
+    };
+    assert_eq!(
+        refused(&agent, Call::Screen(none)),
+        v1::error::Code::Invalid
+    );
+    kill(&agent, by_name("s"));
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use belljar_protocol::v1::{self, error::Code, reply::Result as Answer, request::Call};
 
 use super::conn::Conn;
-use super::{Answered, Context, Outcome, files, ports, process, refusal, watch};
+use super::{Answered, Context, Outcome, files, ports, process, refusal, terminal, watch};
 use crate::wire::to_holder::Message as Asked;
 
 /// Carries out a call, up to the end of its stream if it has one.
@@ -28,6 +28,7 @@ pub(super) fn answer(context: &Context, conn: &mut Conn, request: v1::Request) -
         Call::WaitEnd(call) => process::wait_end(context, conn, call, request.deadline_ms),
         Call::Forget(call) => process::ask(context, Asked::Forget(call)),
         Call::Resize(call) => process::ask(context, Asked::ResizeProcess(call)),
+        Call::Screen(call) => terminal::screen(context, call),
         Call::Connect(call) => ports::connect(context, conn, call),
         Call::ListPorts(_) => ports::list(),
         call if files::is_call(&call) => files::answer(context, conn, call),

@@ -12,6 +12,7 @@ mod ports;
 mod process;
 mod procfs;
 mod relay;
+mod terminal;
 mod watch;
 
 use std::io;
