@@ -1,5 +1,6 @@
 //! What ends a verb early: one readable line, what to do about it, and an exit status.
 
+use belljar_node::files::CopyError;
 use belljar_node::guest::GuestError;
 use belljar_node::lifecycle::{LifeError, StartError};
 use belljar_node::registry::{ConnectError, FindError, Found};
@@ -121,6 +122,15 @@ impl From<GuestError> for Failure {
         match error.remedy() {
             Some(remedy) => Self::with_remedy(&error, remedy),
             None => Self::new(&error),
+        }
+    }
+}
+
+impl From<CopyError> for Failure {
+    fn from(error: CopyError) -> Self {
+        match error {
+            CopyError::Guest(error) => error.into(),
+            other => Self::new(&other),
         }
     }
 }

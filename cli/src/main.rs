@@ -5,6 +5,7 @@ mod arguments;
 mod failure;
 mod options;
 mod output;
+mod progress;
 mod report;
 mod session;
 mod values;

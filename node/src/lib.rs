@@ -12,6 +12,7 @@ pub mod disk;
 pub mod doctor;
 pub mod drive;
 pub mod ending;
+pub mod files;
 pub mod guest;
 pub mod leftovers;
 pub mod lifecycle;

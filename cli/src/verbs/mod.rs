@@ -3,10 +3,12 @@
 pub(crate) mod attach;
 pub(crate) mod completion;
 pub(crate) mod console;
+pub(crate) mod cp;
 pub(crate) mod create;
 pub(crate) mod debug;
 pub(crate) mod doctor;
 pub(crate) mod exec;
+pub(crate) mod fs;
 pub(crate) mod inspect;
 pub(crate) mod kill;
 pub(crate) mod logs;

@@ -355,10 +355,13 @@ impl Unpacker {
     /// Owner, attributes, mode and time of a file or directory, in the order in which none undoes another.
     fn dress(&mut self, fd: BorrowedFd<'_>, entry: &Entry) {
         let mut mask = self.rules.mode_mask & 0o7777;
+        if self.owner(entry) != Some((entry.uid, entry.gid)) {
+            // Set-id bits belong to an owner.
+            mask &= 0o1777;
+        }
         if let Some((uid, gid)) = self.owner(entry)
             && let Err(errno) = fchown(fd, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
         {
-            // Set-id bits belong to an owner.
             mask &= 0o1777;
             self.problem("give away", entry, errno);
         }

@@ -48,7 +48,7 @@ fn packed(path: &Path, name: &[u8]) -> (Vec<u8>, Report) {
 }
 
 const RULES: Rules = Rules {
-    owner: Owner::Unpacker,
+    owner: Owner::Stream,
     mode_mask: 0o7777,
     xattrs: true,
     nodes: false,
@@ -323,6 +323,7 @@ fn what_was_there_leads_nowhere_either() {
 fn a_host_takes_no_powers_from_a_guest() {
     let place = Place::new();
     let rules = Rules {
+        owner: Owner::Unpacker,
         mode_mask: 0o777,
         xattrs: false,
         ..RULES
