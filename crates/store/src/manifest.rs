@@ -1,0 +1,544 @@
+//! A snapshot's manifest: images, and which chunk holds which of their pages. Pure.
+
+use std::collections::{BTreeMap, HashSet};
+use std::ops::Range;
+
+use prost::Message;
+
+use crate::error::{Error, Result};
+use crate::id::{ChunkId, SnapshotId};
+use crate::proto;
+use crate::{MAX_CHUNK, PAGE};
+
+const MAX_IMAGES: usize = 256;
+const MAX_PARENTS: usize = 64;
+const MAX_LABELS: usize = 256;
+const MAX_TEXT: usize = 4096;
+/// 64 TiB: beyond any disk of a guest, and far from overflow.
+const MAX_LENGTH: u64 = 1 << 46;
+
+/// What an image is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// What the VMM serialises: vCPUs, devices.
+    State,
+    /// Guest RAM.
+    Memory,
+    /// A layer of a drive.
+    Disk,
+}
+
+/// Some pages of an image, found one after another in a chunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// First page in the image.
+    pub page: u64,
+    /// How many, at least one.
+    pub pages: u32,
+    /// Number of the chunk in [`Manifest::chunks`].
+    pub chunk: u32,
+    /// First page in the chunk.
+    pub chunk_page: u32,
+}
+
+impl Extent {
+    /// The page after the last one.
+    #[must_use]
+    pub const fn end(&self) -> u64 {
+        self.page.saturating_add(self.pages as u64)
+    }
+
+    /// The part of it in these pages.
+    fn within(&self, range: &Range<u64>) -> Option<Self> {
+        let (from, to) = (self.page.max(range.start), self.end().min(range.end));
+        if from >= to {
+            return None;
+        }
+        let skipped = u32::try_from(from - self.page).ok()?;
+        Some(Self {
+            page: from,
+            pages: u32::try_from(to - from).ok()?,
+            chunk: self.chunk,
+            chunk_page: self.chunk_page.checked_add(skipped)?,
+        })
+    }
+}
+
+/// A run of bytes with a name. What no extent covers is zero.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    pub name: String,
+    pub kind: Kind,
+    /// In bytes; the rest of the last page is zero.
+    pub length: u64,
+    /// In rising order, without overlap.
+    pub extents: Vec<Extent>,
+}
+
+impl Image {
+    /// How many pages it has, the last one perhaps in part.
+    #[must_use]
+    pub const fn pages(&self) -> u64 {
+        self.length.div_ceil(PAGE)
+    }
+
+    /// The extents in a range of pages, cut to it. All that is between them is zero.
+    pub fn extents_in(&self, pages: Range<u64>) -> impl Iterator<Item = Extent> + '_ {
+        let first = self
+            .extents
+            .partition_point(|extent| extent.end() <= pages.start);
+        let rest = self.extents.get(first..).unwrap_or_default();
+        rest.iter().map_while(move |extent| extent.within(&pages))
+    }
+
+    /// How many pages are not zero.
+    #[must_use]
+    pub fn data_pages(&self) -> u64 {
+        self.extents
+            .iter()
+            .map(|extent| u64::from(extent.pages))
+            .sum()
+    }
+}
+
+/// What a machine must have to restore a snapshot; the store only keeps it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Requirements {
+    pub architecture: String,
+    /// Name of the CPUID baseline; `host` marks one that does not move between machines.
+    pub cpu_baseline: String,
+    pub memory_bytes: u64,
+    pub vcpus: u32,
+    /// Digests of read-only images that are not in the snapshot, by drive.
+    pub base_images: BTreeMap<String, String>,
+    /// Anything else. A restorer refuses names that it does not know.
+    pub other: BTreeMap<String, String>,
+}
+
+/// One snapshot, complete in itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Manifest {
+    pub id: SnapshotId,
+    /// Since 1970, UTC.
+    pub created_ms: u64,
+    /// Information only.
+    pub parents: Vec<SnapshotId>,
+    pub labels: BTreeMap<String, String>,
+    pub requirements: Requirements,
+    pub images: Vec<Image>,
+    pub chunks: Vec<ChunkId>,
+}
+
+impl Manifest {
+    /// The image of that name.
+    #[must_use]
+    pub fn image(&self, name: &str) -> Option<&Image> {
+        self.images.iter().find(|image| image.name == name)
+    }
+
+    /// As protobuf.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let requirements = self.requirements.clone();
+        proto::Manifest {
+            id: self.id.0.to_vec(),
+            created_ms: self.created_ms,
+            parents: self.parents.iter().map(|id| id.0.to_vec()).collect(),
+            labels: self.labels.clone(),
+            requirements: Some(proto::Requirements {
+                architecture: requirements.architecture,
+                cpu_baseline: requirements.cpu_baseline,
+                memory_bytes: requirements.memory_bytes,
+                vcpus: requirements.vcpus,
+                base_images: requirements.base_images,
+                other: requirements.other,
+            }),
+            images: self.images.iter().map(encode_image).collect(),
+            chunks: self.chunks.iter().flat_map(|id| id.0).collect(),
+        }
+        .encode_to_vec()
+    }
+
+    /// From protobuf; `path` is for messages.
+    ///
+    /// # Errors
+    /// If anything in it is not as the format says.
+    pub fn decode(path: &str, bytes: &[u8]) -> Result<Self> {
+        let message = proto::Manifest::decode(bytes)
+            .map_err(|error| Error::damaged(path, error.to_string()))?;
+        checked(message).map_err(|what| Error::damaged(path, what))
+    }
+
+    /// Whether texts and counts are within what readers take.
+    ///
+    /// # Errors
+    /// What is not.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        check_texts(&self.labels, &self.requirements)?;
+        if self.parents.len() > MAX_PARENTS || self.images.len() > MAX_IMAGES {
+            return Err("too many parents or images".into());
+        }
+        Ok(())
+    }
+}
+
+/// Whether that can be the name of an image or a tag: letters, digits, `.`, `_`, `-`, `:`; at most 128.
+pub(crate) fn is_name(name: &str) -> bool {
+    (1..=128).contains(&name.len())
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"._-:".contains(&byte))
+}
+
+pub(crate) fn labels_fit(labels: &BTreeMap<String, String>) -> bool {
+    labels.len() <= MAX_LABELS
+        && labels
+            .iter()
+            .all(|(name, value)| is_name(name) && value.len() <= MAX_TEXT)
+}
+
+fn check_texts(labels: &BTreeMap<String, String>, needs: &Requirements) -> Result<(), String> {
+    for (what, map) in [
+        ("label", labels),
+        ("base image", &needs.base_images),
+        ("requirement", &needs.other),
+    ] {
+        if !labels_fit(map) {
+            return Err(format!("a {what} has a name or length that is not allowed"));
+        }
+    }
+    if needs.architecture.len() > MAX_TEXT || needs.cpu_baseline.len() > MAX_TEXT {
+        return Err("a requirement is too long".into());
+    }
+    Ok(())
+}
+
+fn encode_image(image: &Image) -> proto::Image {
+    let mut extents = Vec::with_capacity(image.extents.len() * 5);
+    let (mut end, mut chunk) = (0, 0);
+    for extent in &image.extents {
+        let step = i64::from(extent.chunk) - chunk;
+        put_varint(&mut extents, extent.page.wrapping_sub(end));
+        put_varint(&mut extents, extent.pages.into());
+        put_varint(&mut extents, (step << 1 ^ step >> 63).cast_unsigned());
+        put_varint(&mut extents, extent.chunk_page.into());
+        end = extent.end();
+        chunk = extent.chunk.into();
+    }
+    proto::Image {
+        name: image.name.clone(),
+        kind: match image.kind {
+            Kind::State => proto::Kind::State,
+            Kind::Memory => proto::Kind::Memory,
+            Kind::Disk => proto::Kind::Disk,
+        }
+        .into(),
+        length: image.length,
+        extents,
+    }
+}
+
+fn checked(message: proto::Manifest) -> Result<Manifest, String> {
+    let id = SnapshotId::from_slice(&message.id).ok_or("the id is not 16 bytes")?;
+    let (chunks, rest) = message.chunks.as_chunks::<32>();
+    if !rest.is_empty() {
+        return Err("the list of chunks is cut off".into());
+    }
+    let chunks: Vec<_> = chunks.iter().map(|bytes| ChunkId(*bytes)).collect();
+    let parents = message.parents.iter().map(|id| SnapshotId::from_slice(id));
+    let parents: Option<Vec<_>> = parents.collect();
+    let needs = message.requirements.unwrap_or_default();
+    if message.images.len() > MAX_IMAGES {
+        return Err("too many images".into());
+    }
+    let mut images = Vec::with_capacity(message.images.len());
+    let mut names = HashSet::new();
+    for image in message.images {
+        if !names.insert(image.name.clone()) {
+            return Err(format!("two images are called {:?}", image.name));
+        }
+        images.push(checked_image(image, chunks.len())?);
+    }
+    let manifest = Manifest {
+        id,
+        created_ms: message.created_ms,
+        parents: parents.ok_or("a parent's id is not 16 bytes")?,
+        labels: message.labels,
+        requirements: Requirements {
+            architecture: needs.architecture,
+            cpu_baseline: needs.cpu_baseline,
+            memory_bytes: needs.memory_bytes,
+            vcpus: needs.vcpus,
+            base_images: needs.base_images,
+            other: needs.other,
+        },
+        images,
+        chunks,
+    };
+    manifest.check()?;
+    Ok(manifest)
+}
+
+fn checked_image(image: proto::Image, chunks: usize) -> Result<Image, String> {
+    if !is_name(&image.name) {
+        return Err(format!("{:?} is no name for an image", image.name));
+    }
+    let bad = |what: &str| format!("image {}: {what}", image.name);
+    let kind = match proto::Kind::try_from(image.kind) {
+        Ok(proto::Kind::State) => Kind::State,
+        Ok(proto::Kind::Memory) => Kind::Memory,
+        Ok(proto::Kind::Disk) => Kind::Disk,
+        _ => return Err(bad("its kind is not known")),
+    };
+    if image.length > MAX_LENGTH {
+        return Err(bad("it is longer than any image may be"));
+    }
+    let mut bytes = &image.extents[..];
+    let mut extents = Vec::with_capacity(bytes.len() / 8);
+    let (mut end, mut last) = (0_u64, 0_i64);
+    while !bytes.is_empty() {
+        let mut next = || take_varint(&mut bytes).ok_or_else(|| bad("its extents are cut off"));
+        let (gap, pages, step, chunk_page) = (next()?, next()?, next()?, next()?);
+        let step = (step >> 1).cast_signed() ^ -(step & 1).cast_signed();
+        let page = end.checked_add(gap);
+        let chunk = last.checked_add(step);
+        let known = chunk.and_then(|chunk| usize::try_from(chunk).ok());
+        let stop = page.and_then(|page| page.checked_add(pages));
+        let inside = chunk_page
+            .checked_add(pages)
+            .is_some_and(|end| end <= MAX_CHUNK as u64 / PAGE);
+        let (Some(page), Some(chunk), Some(stop)) = (page, chunk, stop) else {
+            return Err(bad("an extent's numbers are out of range"));
+        };
+        if pages == 0
+            || !inside
+            || stop > image.length.div_ceil(PAGE)
+            || known.is_none_or(|known| known >= chunks)
+        {
+            return Err(bad("an extent lies outside"));
+        }
+        extents.push(Extent {
+            page,
+            pages: u32::try_from(pages).map_err(|_| bad("an extent is too long"))?,
+            chunk: u32::try_from(chunk).map_err(|_| bad("there are too many chunks"))?,
+            chunk_page: u32::try_from(chunk_page).map_err(|_| bad("an extent is too far"))?,
+        });
+        (end, last) = (stop, chunk);
+    }
+    Ok(Image {
+        name: image.name,
+        kind,
+        length: image.length,
+        extents,
+    })
+}
+
+fn put_varint(bytes: &mut Vec<u8>, mut value: u64) {
+    while value >= 0x80 {
+        bytes.push((value & 0x7f) as u8 | 0x80);
+        value >>= 7;
+    }
+    bytes.push(value as u8);
+}
+
+fn take_varint(bytes: &mut &[u8]) -> Option<u64> {
+    let mut value = 0;
+    for shift in (0..64).step_by(7) {
+        let (byte, rest) = bytes.split_first()?;
+        *bytes = rest;
+        let bits = u64::from(byte & 0x7f);
+        if shift == 63 && bits > 1 {
+            return None;
+        }
+        value |= bits << shift;
+        if byte & 0x80 == 0 {
+            return Some(value);
+        }
+    }
+    None
+}
+
+/// The extents of a parent with the changed pages taken out and the fresh ones put in.
+///
+/// `changed` and `fresh` are in rising order, and each of `fresh` lies in `changed`.
+pub(crate) fn overlay(parent: &[Extent], changed: &[Range<u64>], fresh: &[Extent]) -> Vec<Extent> {
+    let mut kept = Vec::with_capacity(parent.len() + fresh.len());
+    let mut gaps = changed.iter().peekable();
+    for extent in parent {
+        let mut from = extent.page;
+        while let Some(gap) = gaps.peek() {
+            if gap.start >= extent.end() {
+                break;
+            }
+            kept.extend(extent.within(&(from..gap.start)));
+            from = from.max(gap.end);
+            if gap.end > extent.end() {
+                break;
+            }
+            gaps.next();
+        }
+        kept.extend(extent.within(&(from..extent.end())));
+    }
+    kept.extend_from_slice(fresh);
+    kept.sort_unstable_by_key(|extent| extent.page);
+    kept
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    pub(crate) fn sample() -> Manifest {
+        let extent = |page, pages, chunk, chunk_page| Extent {
+            page,
+            pages,
+            chunk,
+            chunk_page,
+        };
+        Manifest {
+            id: SnapshotId([7; 16]),
+            created_ms: 1_700_000_000_000,
+            parents: vec![SnapshotId([8; 16])],
+            labels: BTreeMap::from([("box".into(), "web 1".into())]),
+            requirements: Requirements {
+                architecture: "x86_64".into(),
+                cpu_baseline: "amd-1".into(),
+                memory_bytes: 1 << 28,
+                vcpus: 2,
+                ..Requirements::default()
+            },
+            images: vec![
+                Image {
+                    name: "memory".into(),
+                    kind: Kind::Memory,
+                    length: 1 << 28,
+                    extents: vec![
+                        extent(0, 16, 1, 0),
+                        extent(20, 3, 0, 13),
+                        extent(65_000, 1, 1, 0),
+                    ],
+                },
+                Image {
+                    name: "vm".into(),
+                    kind: Kind::State,
+                    length: 5,
+                    extents: vec![extent(0, 1, 0, 0)],
+                },
+            ],
+            chunks: vec![ChunkId([1; 32]), ChunkId([2; 32])],
+        }
+    }
+
+    #[test]
+    fn a_manifest_comes_back_as_it_was() {
+        let bytes = sample().encode();
+        assert_eq!(Manifest::decode("x", &bytes).unwrap(), sample());
+        assert!(bytes.len() < 250, "{}", bytes.len());
+    }
+
+    #[test]
+    fn extents_that_overlap_lie_outside_or_name_no_chunk_are_refused() {
+        let with = |change: fn(&mut Manifest)| {
+            let mut manifest = sample();
+            change(&mut manifest);
+            Manifest::decode("x", &manifest.encode())
+                .unwrap_err()
+                .to_string()
+        };
+        assert!(with(|m| m.images[0].extents[1].chunk = 2).contains("outside"));
+        assert!(with(|m| m.images[0].extents[2].page = 1 << 16).contains("outside"));
+        assert!(with(|m| m.images[0].extents[0].chunk_page = 241).contains("outside"));
+        assert!(with(|m| m.images[0].extents[1].pages = 0).contains("outside"));
+        // An overlap is a negative gap, which cannot be written: it wraps.
+        assert!(with(|m| m.images[0].extents[1].page = 15).contains("out of range"));
+        assert!(with(|m| m.images[1].name = "memory".into()).contains("two images"));
+        assert!(with(|m| m.images[1].name = "../vm".into()).contains("no name"));
+        assert!(with(|m| m.images[0].length = u64::MAX).contains("longer"));
+        assert!(
+            with(|m| m.labels = BTreeMap::from([("a b".into(), String::new())])).contains("label")
+        );
+    }
+
+    #[test]
+    fn extents_are_cut_to_the_range_that_is_asked_for() {
+        let manifest = sample();
+        let found: Vec<_> = manifest.images[0].extents_in(14..22).collect();
+        let parts: Vec<_> = found
+            .iter()
+            .map(|e| (e.page, e.pages, e.chunk_page))
+            .collect();
+        assert_eq!(parts, [(14, 2, 14), (20, 2, 13)]);
+        assert_eq!(manifest.images[0].extents_in(23..65_000).count(), 0);
+    }
+
+    /// Which chunk page each page of an image comes from.
+    fn pages(extents: &[Extent], count: u64) -> Vec<Option<(u32, u32)>> {
+        let mut pages = vec![None; count as usize];
+        for extent in extents {
+            for n in 0..extent.pages {
+                let page = &mut pages[(extent.page + u64::from(n)) as usize];
+                assert!(page.is_none(), "pages overlap");
+                *page = Some((extent.chunk, extent.chunk_page + n));
+            }
+        }
+        pages
+    }
+
+    fn layout(chunk: u32) -> impl Strategy<Value = Vec<Extent>> {
+        proptest::collection::vec((0..6_u64, 1..6_u32), 0..12).prop_map(move |runs| {
+            let mut at = 0;
+            let place = |(gap, pages)| {
+                let page = at + gap;
+                at = page + u64::from(pages);
+                Extent {
+                    page,
+                    pages,
+                    chunk,
+                    chunk_page: (page % 7) as u32,
+                }
+            };
+            runs.into_iter().map(place).collect()
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn an_overlay_is_the_parent_but_for_what_changed(
+            parent in layout(0), fresh in layout(1), bits in proptest::collection::vec(any::<bool>(), 160),
+        ) {
+            let mut changed: Vec<Range<u64>> = fresh.iter().map(|e| e.page..e.end()).collect();
+            for (page, _) in bits.iter().enumerate().filter(|(_, set)| **set) {
+                changed.push(page as u64..page as u64 + 1);
+            }
+            let changed = crate::cut::joined(changed);
+            let (old, new) = (pages(&parent, 200), pages(&fresh, 200));
+            let merged = pages(&overlay(&parent, &changed, &fresh), 200);
+            for (page, found) in merged.iter().enumerate() {
+                let is_changed = changed.iter().any(|range| range.contains(&(page as u64)));
+                prop_assert_eq!(*found, if is_changed { new[page] } else { old[page] }, "page {}", page);
+            }
+        }
+
+        #[test]
+        fn any_bytes_decode_or_are_refused(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = Manifest::decode("x", &bytes);
+        }
+
+        #[test]
+        fn a_changed_manifest_decodes_to_something_valid_or_is_refused(at in any::<usize>(), to in any::<u8>()) {
+            let mut bytes = sample().encode();
+            let at = at % bytes.len();
+            bytes[at] = to;
+            if let Ok(manifest) = Manifest::decode("x", &bytes) {
+                prop_assert_eq!(&Manifest::decode("x", &manifest.encode()).unwrap(), &manifest);
+                for image in &manifest.images {
+                    for extent in &image.extents {
+                        prop_assert!(extent.end() <= image.pages());
+                        prop_assert!((extent.chunk as usize) < manifest.chunks.len());
+                    }
+                }
+            }
+        }
+    }
+}
