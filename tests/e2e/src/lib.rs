@@ -12,6 +12,7 @@
 pub mod endurance;
 pub mod files;
 pub mod guest;
+pub mod pty;
 mod sandbox;
 pub mod vmm;
 

@@ -6,6 +6,7 @@ use std::net::TcpStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use belljar_e2e::pty::OnTerminal;
 use belljar_e2e::{Running, Said, User, eventually, kill};
 use serde_json::Value;
 
@@ -285,13 +286,14 @@ fn a_fraction_of_a_processor_is_a_limit() {
 fn a_guest_that_hangs_is_understood() {
     let user = User::new();
     // A program that stops all others, PID 1 included, which no signal could stop.
-    let stopper = "import ctypes, os, time\n\
+    let stopper = "import ctypes, os, signal, time\n\
         print('begun', flush=True)\n\
         time.sleep(0.3)\n\
         SEIZE, INTERRUPT, STOP = 0x4206, 0x4207, 19\n\
         for call in (SEIZE, INTERRUPT): ctypes.CDLL(None).ptrace(call, 1, 0, 0)\n\
         os.kill(-1, STOP)\n\
         console = open('/dev/hvc0', 'r+b', 0)\n\
+        signal.signal(signal.SIGINT, lambda *_: console.write(b'interrupted '))\n\
         while True: console.write(b'heard ' + console.readline())";
     let running = user.start(&["--name", "hung", "--", "python3", "-c", stopper]);
     thread::sleep(Duration::from_secs(1));
@@ -317,6 +319,18 @@ fn a_guest_that_hangs_is_understood() {
     console.signal(rustix::process::Signal::TERM);
     assert_eq!(console.wait().code(), 128 + 15);
     drop(keyboard);
+
+    // On a terminal all keys go to the guest but those that leave, and the terminal is as before then.
+    let mut console = OnTerminal::start(&user.belljar(&["console", "hung"]), 80, 24);
+    console.shows("heard hello");
+    eventually("raw mode", || console.is_raw());
+    console.press(b"\x03");
+    console.shows("interrupted");
+    console.press(b"again\n");
+    console.shows("heard again");
+    console.press(b"\x1d");
+    assert_eq!(console.wait().code(), Some(0), "{}", console.shown());
+    assert!(console.is_as_before());
 
     // A VMM that somebody stopped is another matter.
     let vmm = rustix::process::Pid::from_raw(user.processes("belljar-vmm")[0]).unwrap();
