@@ -16,7 +16,7 @@ mod wire;
 mod worker;
 
 use std::ffi::{CString, OsString};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use belljar_protocol::{AGENT_PORT, GENERATION, v1};
@@ -28,7 +28,7 @@ use self::holder::{Ended, Holder, Setup};
 const CGROUPS: &str = "/sys/fs/cgroup";
 
 /// What holder and worker can do in every guest.
-const ABILITIES: [v1::Ability; 7] = [
+const ABILITIES: [v1::Ability; 8] = [
     v1::Ability::Exec,
     v1::Ability::Shutdown,
     v1::Ability::Processes,
@@ -36,6 +36,7 @@ const ABILITIES: [v1::Ability; 7] = [
     v1::Ability::Files,
     v1::Ability::Watches,
     v1::Ability::Ports,
+    v1::Ability::System,
 ];
 
 /// Argument of a run after a panic, followed by the number of panics so far.
@@ -126,6 +127,8 @@ fn recover(panics: u32) -> Booted {
     log::open_console();
     log!("running again after panic {panics}; all programs are killed");
     sys::kill_everything(libc::SIGKILL);
+    // Nobody remembers that they were frozen; what is started would never run.
+    let _ = std::fs::write(format!("{CGROUPS}/user/cgroup.freeze"), "0");
     if panics > 3 {
         std::thread::sleep(Duration::from_secs(1));
     }
@@ -154,6 +157,7 @@ fn serve_vsock(booted: &Booted) -> std::io::Result<Ended> {
         cgroups: open_cgroups(CGROUPS),
         degraded: booted.degraded.clone(),
         descriptors: raise_descriptors(),
+        disk: booted.disk.as_ref().map(AsRawFd::as_raw_fd),
     })?;
     let mut times = booted.times;
     times.ready_ns = boot::now_ns();
@@ -222,6 +226,7 @@ fn serve_unix(path: &str, cgroup: Option<&str>) -> i32 {
             cgroups: cgroup.and_then(open_cgroups),
             degraded: String::new(),
             descriptors: raise_descriptors(),
+            disk: None,
         })?;
         Ok(holder.run())
     };

@@ -1,7 +1,8 @@
 //! The end of the guest: everything written is on its drive before the power goes.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
+use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, mount_remount};
 use rustix::system::RebootCommand;
 
@@ -11,6 +12,11 @@ use crate::log;
 /// Writes everything out, makes the drive's file system clean and ends the guest. No process but
 /// this one is left, or it did not go when killed.
 pub(crate) fn end_guest(ended: Ended, disk: Option<&OwnedFd>) -> ! {
+    // A frozen file system takes no last write, and cannot be made read-only.
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    if let Some(Ok(disk)) = disk.map(|disk| rustix::fs::openat(disk, c".", flags, Mode::empty())) {
+        let _ = crate::sys::thaw_file_system(disk.as_fd());
+    }
     rustix::fs::sync();
     // The root cannot be unmounted while this process is in it; read-only it is as clean. It comes
     // first: as long as it can be written, so must be the drive below.

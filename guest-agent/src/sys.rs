@@ -264,3 +264,51 @@ pub(crate) fn set_file_ids(uid: u32, gid: u32) -> (u32, u32) {
     let before = unsafe { (libc::setfsuid(uid), libc::setfsgid(gid)) };
     (before.0 as u32, before.1 as u32)
 }
+
+/// Requests of linux/random.h and linux/fs.h.
+const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+const FIFREEZE: libc::c_ulong = 0xc004_5877;
+const FITHAW: libc::c_ulong = 0xc004_5878;
+
+/// Most bytes that [`add_entropy`] takes.
+pub(crate) const ENTROPY_MAX: usize = 512;
+
+/// Mixes bytes into the kernel's random pool, credits them as entropy, and has its generator reseed.
+/// `random` is /dev/random. More than [`ENTROPY_MAX`] bytes are left out.
+pub(crate) fn add_entropy(random: BorrowedFd<'_>, seed: &[u8]) -> io::Result<()> {
+    /// `struct rand_pool_info`
+    #[repr(C)]
+    struct Pool {
+        entropy_count: c_int,
+        buf_size: c_int,
+        buf: [u8; ENTROPY_MAX],
+    }
+    let length = seed.len().min(ENTROPY_MAX);
+    let mut pool = Pool {
+        entropy_count: length as c_int * 8,
+        buf_size: length as c_int,
+        buf: [0; ENTROPY_MAX],
+    };
+    for (to, from) in pool.buf.iter_mut().zip(seed) {
+        *to = *from;
+    }
+    let fd = random.as_raw_fd();
+    // SAFETY: RNDADDENTROPY reads the two numbers and `buf_size` bytes, which the structure has.
+    check(unsafe { libc::ioctl(fd, RNDADDENTROPY as _, &raw const pool) })?;
+    // SAFETY: RNDRESEEDCRNG takes no argument.
+    check(unsafe { libc::ioctl(fd, RNDRESEEDCRNG as _, 0) })?;
+    Ok(())
+}
+
+/// Writes a file system out and lets nothing write to it until [`thaw_file_system`]. It need not end soon.
+pub(crate) fn freeze_file_system(folder: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: FIFREEZE does not look at its argument.
+    check(unsafe { libc::ioctl(folder.as_raw_fd(), FIFREEZE as _, 0) }).map(drop)
+}
+
+/// Ends [`freeze_file_system`]; EINVAL if it was not frozen.
+pub(crate) fn thaw_file_system(folder: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: FITHAW does not look at its argument.
+    check(unsafe { libc::ioctl(folder.as_raw_fd(), FITHAW as _, 0) }).map(drop)
+}

@@ -169,6 +169,12 @@ impl Cgroups {
         }
     }
 
+    /// Begins to stop all programs, or lets them go on.
+    pub(crate) fn freeze(&self, frozen: bool) -> io::Result<()> {
+        let text = if frozen { "1" } else { "0" };
+        write(&self.user, "cgroup.freeze", text)
+    }
+
     /// An empty cgroup.
     pub(crate) fn take(&mut self) -> io::Result<Leaf> {
         match self.idle.pop() {

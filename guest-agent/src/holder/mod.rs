@@ -22,7 +22,7 @@ mod worker;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use belljar_protocol::v1;
@@ -76,6 +76,8 @@ pub(crate) struct Setup {
     pub(crate) degraded: String,
     /// Soft limit of descriptors that programs are started with.
     pub(crate) descriptors: u64,
+    /// The writable drive, open as long as this process lives.
+    pub(crate) disk: Option<RawFd>,
 }
 
 /// See the module.
@@ -87,6 +89,10 @@ pub(crate) struct Holder {
     worker: Worker,
     cgroups: Option<Cgroups>,
     descriptors: u64,
+    /// All programs are stopped, and none must be started.
+    frozen: bool,
+    /// Where workers note the last activity.
+    _activity: OwnedFd,
     table: Table,
     channels: BTreeMap<u64, Channel>,
     last_channel: u64,
@@ -120,7 +126,10 @@ impl Holder {
         let mut abilities: Vec<i32> = crate::ABILITIES.iter().map(|it| *it as i32).collect();
         if setup.cgroups.is_some() {
             abilities.push(v1::Ability::Cgroups as i32);
+            abilities.push(v1::Ability::Freeze as i32);
         }
+        let activity = high(activity_note()?)?;
+        let path_of = |fd: RawFd| format!("/proc/{}/fd/{fd}", std::process::id());
         let config = crate::wire::WorkerConfig {
             abilities,
             degraded: setup.degraded,
@@ -130,6 +139,8 @@ impl Holder {
                 .as_ref()
                 .map(|cgroups| cgroups.user_path().to_owned())
                 .unwrap_or_default(),
+            disk: setup.disk.map(path_of).unwrap_or_default(),
+            activity: path_of(activity.as_raw_fd()),
         };
         let mut holder = Self {
             epoll,
@@ -139,6 +150,8 @@ impl Holder {
             worker: Worker::new(high(setup.listener)?, config),
             cgroups: setup.cgroups,
             descriptors: setup.descriptors,
+            frozen: false,
+            _activity: activity,
             table: Table::new(ring_budget()),
             channels: BTreeMap::new(),
             last_channel: 0,
@@ -353,6 +366,13 @@ fn open_null() -> io::Result<OwnedFd> {
         rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map(|(read, _)| read)
     })?;
     Ok(fd)
+}
+
+/// Eight bytes of memory that belong to no worker.
+fn activity_note() -> io::Result<OwnedFd> {
+    let note = rustix::fs::memfd_create(c"activity", rustix::fs::MemfdFlags::CLOEXEC)?;
+    rustix::io::pwrite(&note, &crate::boot::now_ns().to_ne_bytes(), 0)?;
+    Ok(note)
 }
 
 /// The same descriptor with a number that programs are not given theirs by: they get them by

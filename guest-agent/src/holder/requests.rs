@@ -147,6 +147,12 @@ impl Holder {
                 crate::log!("the worker asks on a channel that is in use");
                 Err(Broken)
             }
+            Asked::Start(_) if self.frozen => {
+                let message =
+                    "all programs are frozen, and none can be started until they are thawed";
+                self.say(id, Said::Refused(error(Code::Conflict, message)));
+                Ok(())
+            }
             Asked::Start(start) => {
                 self.start(id, start);
                 Ok(())
@@ -405,6 +411,9 @@ impl Holder {
                 };
                 Ok(Said::Events(started))
             }
+            Asked::Freeze(frozen) => self
+                .freeze(frozen)
+                .map(|()| Said::Done(crate::wire::Done {})),
             Asked::PostEvent(event) => {
                 let is_small = event.encoded_len() <= MAX_EVENT;
                 match event.what {
@@ -418,6 +427,25 @@ impl Holder {
             _ => Err(error(Code::Invalid, "no request")),
         };
         Some(said.unwrap_or_else(Said::Refused))
+    }
+
+    /// Stops all programs, or lets them go on.
+    pub(super) fn freeze(&mut self, frozen: bool) -> Result<(), v1::Error> {
+        let Some(cgroups) = &self.cgroups else {
+            return Err(v1::Error {
+                errno: libc::EOPNOTSUPP.unsigned_abs(),
+                ..error(Code::System, "there are no cgroups in this guest to freeze")
+            });
+        };
+        if frozen && self.stopping.is_some() {
+            return Err(error(Code::ShuttingDown, "the guest is shutting down"));
+        }
+        cgroups.freeze(frozen).map_err(|failed| v1::Error {
+            errno: failed.raw_os_error().unwrap_or(0).unsigned_abs(),
+            ..error(Code::System, format!("writing cgroup.freeze: {failed}"))
+        })?;
+        self.frozen = frozen;
+        Ok(())
     }
 }
 

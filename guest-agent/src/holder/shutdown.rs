@@ -50,6 +50,10 @@ impl Holder {
             at: now.checked_add(grace).unwrap_or(now),
             step: Step::Asked,
         });
+        // What is frozen could not end by itself.
+        if self.frozen {
+            let _ = self.freeze(false);
+        }
         // The worker blocks this signal.
         sys::kill_everything(libc::SIGTERM);
         for process in self.table.all() {

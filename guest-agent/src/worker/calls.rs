@@ -5,7 +5,9 @@ use std::sync::atomic::Ordering;
 use belljar_protocol::v1::{self, error::Code, reply::Result as Answer, request::Call};
 
 use super::conn::Conn;
-use super::{Answered, Context, Outcome, files, ports, process, refusal, terminal, watch};
+use super::{
+    Answered, Context, Outcome, files, ports, process, refusal, system, terminal, wait, watch,
+};
 use crate::wire::to_holder::Message as Asked;
 
 /// Carries out a call, up to the end of its stream if it has one.
@@ -29,6 +31,14 @@ pub(super) fn answer(context: &Context, conn: &mut Conn, request: v1::Request) -
         Call::Forget(call) => process::ask(context, Asked::Forget(call)),
         Call::Resize(call) => process::ask(context, Asked::ResizeProcess(call)),
         Call::Screen(call) => terminal::screen(context, call),
+        Call::Metrics(call) => system::metrics(context, call),
+        Call::Events(call) => system::events(context, conn, call),
+        Call::SetClock(call) => system::set_clock(context, call),
+        Call::Reseed(call) => system::reseed(&call),
+        Call::Freeze(call) => system::freeze(context, call),
+        Call::Thaw(_) => system::thaw(context),
+        Call::Sync(_) => system::sync(),
+        Call::Await(call) => wait::wait(context, conn, call, request.deadline_ms),
         Call::Connect(call) => ports::connect(context, conn, call),
         Call::ListPorts(_) => ports::list(),
         call if files::is_call(&call) => files::answer(context, conn, call),

@@ -12,7 +12,9 @@ mod ports;
 mod process;
 mod procfs;
 mod relay;
+mod system;
 mod terminal;
+mod wait;
 mod watch;
 
 use std::io;
@@ -44,6 +46,9 @@ const IDLE_THREADS: usize = 2;
 /// Connections at a time, and so threads.
 const MAX_THREADS: usize = 1200;
 
+/// How exactly the last activity is known after a worker was replaced.
+const NOTE_NS: u64 = 50_000_000;
+
 /// A call's frames and a few buffers live on the heap.
 const STACK: usize = 192 << 10;
 
@@ -54,6 +59,9 @@ pub(crate) struct Context {
     pub(crate) holder: Holder,
     /// `CLOCK_BOOTTIME` in nanoseconds of the last call that counts as activity.
     pub(crate) activity: AtomicU64,
+    /// What of that is known to the worker after this one, and how it is told.
+    noted: AtomicU64,
+    note: Option<OwnedFd>,
     pub(crate) watches: watch::Watches,
     listener: OwnedFd,
     threads: AtomicUsize,
@@ -150,10 +158,19 @@ fn start() -> io::Result<Context> {
 impl Context {
     /// On a blocking, listening socket.
     fn new(listener: OwnedFd, holder: Holder, config: WorkerConfig) -> Self {
+        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
+        let note = rustix::fs::open(&*config.activity, flags, rustix::fs::Mode::empty()).ok();
+        let mut activity = [0; 8];
+        if let Some(note) = &note {
+            let _ = rustix::io::pread(note, &mut activity, 0);
+        }
+        let activity = u64::from_ne_bytes(activity);
         Self {
             config,
             holder,
-            activity: AtomicU64::new(0),
+            activity: AtomicU64::new(activity),
+            noted: AtomicU64::new(activity),
+            note,
             watches: watch::Watches::default(),
             listener,
             threads: AtomicUsize::new(0),
@@ -161,10 +178,17 @@ impl Context {
         }
     }
 
-    /// Notes that the guest is in use.
+    /// Notes that the guest is in use: at once for this worker, now and then for the next one.
     pub(crate) fn touch(&self) {
-        self.activity
-            .store(crate::boot::now_ns(), Ordering::Relaxed);
+        let now = crate::boot::now_ns();
+        self.activity.store(now, Ordering::Relaxed);
+        let noted = self.noted.load(Ordering::Relaxed);
+        if now.saturating_sub(noted) >= NOTE_NS
+            && let Some(note) = &self.note
+        {
+            self.noted.store(now, Ordering::Relaxed);
+            let _ = rustix::io::pwrite(note, &now.to_ne_bytes(), 0);
+        }
     }
 
     /// The first frame that every call is answered with.

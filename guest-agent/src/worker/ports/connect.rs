@@ -17,7 +17,7 @@ const QUEUE_PAUSE: Duration = Duration::from_millis(2);
 
 /// Where to.
 #[derive(Debug)]
-pub(super) enum Target {
+pub(in super::super) enum Target {
     /// The first of these addresses that takes it.
     Tcp(Vec<SocketAddr>),
     Unix {
@@ -27,6 +27,12 @@ pub(super) enum Target {
 }
 
 impl Target {
+    /// A port of the guest's own.
+    pub(in super::super) fn loopback(port: u16) -> Self {
+        let hosts = hosts("").unwrap_or_default().into_iter();
+        Self::Tcp(hosts.map(|host| SocketAddr::new(host, port)).collect())
+    }
+
     pub(super) fn from_call(target: Option<connect::Target>) -> Result<Self, v1::Error> {
         let invalid = |message: String| refusal(Code::Invalid, message);
         match target {
@@ -64,7 +70,7 @@ fn hosts(text: &str) -> Option<Vec<IpAddr>> {
 }
 
 /// Connects. Ends early when `host` hangs up.
-pub(super) fn connect(
+pub(in super::super) fn connect(
     target: &Target,
     limit: Duration,
     host: BorrowedFd<'_>,

@@ -1,6 +1,6 @@
 //! Ports of the guest: streams to them, and which there are.
 
-mod connect;
+pub(super) mod connect;
 pub(super) mod table;
 
 use std::collections::HashMap;

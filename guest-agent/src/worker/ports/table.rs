@@ -15,7 +15,7 @@ const LISTEN: u8 = 0x0a;
 /// A listening socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in super::super) struct Socket {
-    pub(in super::super) address: IpAddr,
+    pub(super) address: IpAddr,
     pub(in super::super) port: u16,
     pub(super) inode: u64,
 }

@@ -1,0 +1,183 @@
+//! Stopping all programs, and the writable drive's file system with them.
+//!
+//! Whoever freezes for a snapshot needs to know that nothing moves: the answer comes when the kernel says
+//! so. While the file system is frozen the agent itself must not write to it, and does not: its own files
+//! are in memory. A worker that is replaced meanwhile changes nothing; the next one can thaw.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::mpsc;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use belljar_protocol::v1::{self, error::Code, event::What, reply::Result as Answer};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+
+use super::super::conn::timespec;
+use super::super::{Answered, Context, Failure, Outcome, procfs, refusal, system_error};
+use super::post;
+use crate::sys;
+use crate::wire::to_holder::Message as Asked;
+
+/// Unless the call says.
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// Should the kernel not tell of the change, it is looked at this often.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// One at a time.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// Freezes; answers when all is stopped. What fails half-way is undone.
+pub(in super::super) fn freeze(context: &Context, call: v1::Freeze) -> Answered {
+    let limit = match call.time_limit_ms {
+        0 => LIMIT,
+        limit => Duration::from_millis(limit),
+    };
+    let deadline = Instant::now().checked_add(limit);
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    context.holder.ask(Asked::Freeze(true))?;
+    let frozen = wait_frozen(&context.config.user_cgroup, deadline).and_then(|()| {
+        if call.file_systems {
+            freeze_disk(context, deadline)
+        } else {
+            Ok(())
+        }
+    });
+    if let Err(error) = frozen {
+        undo(context)?;
+        return Err(error.into());
+    }
+    post(context, What::Frozen(v1::Frozen {}));
+    Ok(Outcome::Reply(Answer::Freeze(v1::Frozen {})))
+}
+
+/// Undoes a freeze; nothing frozen is no error.
+pub(in super::super) fn thaw(context: &Context) -> Answered {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    undo(context)?;
+    post(context, What::Thawed(v1::Thawed {}));
+    Ok(Outcome::Reply(Answer::Thaw(v1::Thawed {})))
+}
+
+fn undo(context: &Context) -> Result<(), Failure> {
+    // The drive first: programs that go on must not stop at it at once.
+    let thawed = match open_disk(context) {
+        Ok(Some(disk)) => thaw_disk(&disk),
+        Ok(None) => Ok(()),
+        Err(error) => Err(error),
+    };
+    context.holder.ask(Asked::Freeze(false))?;
+    Ok(thawed?)
+}
+
+/// Waits until the kernel says that all programs are stopped.
+fn wait_frozen(cgroup: &str, deadline: Option<Instant>) -> Result<(), v1::Error> {
+    let path = format!("{cgroup}/cgroup.events");
+    let failed = |errno| system_error(format_args!("reading {path}"), errno);
+    let events = procfs::open(&path).map_err(failed)?;
+    loop {
+        // Opening it anew for each look would miss the change in between.
+        let mut text = [0; 256];
+        let got = rustix::io::pread(&events, &mut text, 0).map_err(failed)?;
+        if is_frozen(text.get(..got).unwrap_or_default()) {
+            return Ok(());
+        }
+        let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
+            let message = "not all programs have stopped in time; they go on";
+            return Err(refusal(Code::Deadline, message));
+        }
+        let time = left.map_or(LOOK, |left| left.min(LOOK));
+        let mut set = [PollFd::new(&events, PollFlags::PRI)];
+        match poll(&mut set, Some(&timespec(time))) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(failed(errno)),
+        }
+    }
+}
+
+fn is_frozen(events: &[u8]) -> bool {
+    events
+        .split(|byte| *byte == b'\n')
+        .any(|line| line == b"frozen 1")
+}
+
+/// Writes everything out and freezes the writable drive, if there is one.
+fn freeze_disk(context: &Context, deadline: Option<Instant>) -> Result<(), v1::Error> {
+    let Some(disk) = open_disk(context)? else {
+        rustix::fs::sync();
+        return Ok(());
+    };
+    let own = rustix::io::fcntl_dupfd_cloexec(&disk, 0).map_err(failed_to_open)?;
+    let (sender, receiver) = mpsc::channel();
+    // Writing out may take longer than the caller wants to wait.
+    let made = std::thread::Builder::new().spawn(move || {
+        rustix::fs::sync();
+        let frozen = sys::freeze_file_system(own.as_fd());
+        if sender.send(frozen).is_err() {
+            let _ = sys::thaw_file_system(own.as_fd());
+        }
+    });
+    if let Err(error) = made {
+        return Err(refusal(
+            Code::Busy,
+            format!("no thread to freeze with: {error}"),
+        ));
+    }
+    let left = deadline.map_or(Duration::MAX, |at| {
+        at.saturating_duration_since(Instant::now())
+    });
+    match receiver.recv_timeout(left) {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => match Errno::from_io_error(&error).unwrap_or(Errno::IO) {
+            // It was frozen before.
+            Errno::BUSY => Ok(()),
+            errno => Err(system_error("freezing the writable drive", errno)),
+        },
+        // Should it be done just now, the thaw that follows undoes it.
+        Err(_) => Err(refusal(
+            Code::Deadline,
+            "the writable drive could not be written out in time",
+        )),
+    }
+}
+
+/// The mounted drive, which is not to be seen from the root.
+fn open_disk(context: &Context) -> Result<Option<OwnedFd>, v1::Error> {
+    if context.config.disk.is_empty() {
+        return Ok(None);
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let opened = rustix::fs::open(&*context.config.disk, flags, Mode::empty());
+    opened.map(Some).map_err(failed_to_open)
+}
+
+fn failed_to_open(errno: Errno) -> v1::Error {
+    system_error("opening the writable drive", errno)
+}
+
+fn thaw_disk(disk: &OwnedFd) -> Result<(), v1::Error> {
+    match sys::thaw_file_system(disk.as_fd()) {
+        Ok(()) => Ok(()),
+        Err(error) => match Errno::from_io_error(&error).unwrap_or(Errno::IO) {
+            // It was not frozen.
+            Errno::INVAL => Ok(()),
+            errno => Err(system_error("thawing the writable drive", errno)),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frozen_is_a_line_of_its_own() {
+        assert!(is_frozen(b"populated 1\nfrozen 1\n"));
+        assert!(!is_frozen(b"populated 1\nfrozen 0\n"));
+        assert!(!is_frozen(b"frozen 10\n"));
+        assert!(!is_frozen(b""));
+    }
+}
