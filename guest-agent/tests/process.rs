@@ -415,3 +415,95 @@ fn a_worker_that_is_killed_is_replaced_and_processes_go_on() {
     assert_eq!(pong.worker_restarts, 1);
     assert_ne!(agent.worker_pid(), Some(worker));
 }
+
+#[test]
+fn starts_in_a_frozen_guest_wait_and_hold_nothing_up() {
+    let Some(agent) = Agent::start_with_cgroups() else {
+        eprintln!("skipped: no writable cgroup v2 here");
+        return;
+    };
+    let agent = &agent;
+    agent.run(argv(&["true"]));
+    let freeze = |how: &str| {
+        let file = agent.cgroup().unwrap().join("user/cgroup.freeze");
+        std::fs::write(file, how).unwrap();
+    };
+    freeze("1");
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| agent.run(sh("echo thawed; exit 6")));
+        let missing = scope.spawn(|| agent.exec(argv(&["no-such-program"])).map(|it| it.pid()));
+        let named = scope.spawn(|| {
+            drop(Stream::open(agent, Call::Exec(daemon("cold", "exit 3"))));
+        });
+        // One that gives up.
+        {
+            let mut connection = belljar_protocol::client::Connection::new(agent.connect());
+            let request = v1::Request {
+                generation: 2,
+                deadline_ms: 0,
+                call: Some(Call::Exec(sh("sleep 50"))),
+            };
+            connection.send(&request, "exec", common::soon()).unwrap();
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        assert!(agent.is_alive());
+        let all = Call::ListProcesses(v1::ListProcesses { ended: false });
+        let Answer::Processes(list) = call(agent, all).unwrap() else {
+            panic!()
+        };
+        assert!(list.processes.is_empty(), "{list:?}");
+        assert!(!waiting.is_finished() && !missing.is_finished() && !named.is_finished());
+        assert_eq!(
+            refused(agent, Call::Exec(daemon("cold", "exit 3"))),
+            v1::error::Code::Busy
+        );
+        freeze("0");
+        let (stdout, _, how) = waiting.join().unwrap();
+        assert_eq!((stdout.as_slice(), how), (&b"thawed\n"[..], exited(6)));
+        assert!(missing.join().unwrap().is_err());
+        named.join().unwrap();
+    });
+    assert_eq!(how(&wait(agent, by_name("cold"))), exited(3));
+    wait_until("nothing is left", || agent.children().is_empty());
+}
+
+#[test]
+fn limits_hold() {
+    let Some(agent) = Agent::start_with_cgroups() else {
+        eprintln!("skipped: no writable cgroup v2 here");
+        return;
+    };
+    let rlimit = |name: &str, soft, hard| v1::Rlimit {
+        name: name.to_owned(),
+        soft,
+        hard,
+    };
+    let exec = v1::Exec {
+        rlimits: vec![rlimit("nofile", 77, 88), rlimit("core", 0, u64::MAX)],
+        ..sh("ulimit -n; ulimit -Hn; ulimit -c; ulimit -Hc")
+    };
+    assert_eq!(agent.run(exec).0, b"77\n88\n0\nunlimited\n");
+    for bad in [rlimit("files", 1, 1), rlimit("nofile", 2, 1)] {
+        let exec = v1::Exec {
+            rlimits: vec![bad],
+            ..sh("true")
+        };
+        assert_eq!(refused(&agent, Call::Exec(exec)), v1::error::Code::Invalid);
+    }
+    // Controllers are not to be had everywhere; a limit that cannot be set is an error then.
+    let controllers = agent.cgroup().unwrap().join("user/cgroup.subtree_control");
+    let controllers = std::fs::read_to_string(controllers).unwrap();
+    let exec = v1::Exec {
+        limits: Some(v1::Limits {
+            pids: 3,
+            ..v1::Limits::default()
+        }),
+        ..sh("sleep 0.1 & sleep 0.1 & sleep 0.1 & sleep 0.1 & wait; echo done")
+    };
+    if controllers.contains("pids") {
+        let (_, stderr, _) = agent.run(exec);
+        assert!(!stderr.is_empty());
+    } else {
+        assert_eq!(refused(&agent, Call::Exec(exec)), v1::error::Code::Invalid);
+    }
+}

@@ -178,9 +178,9 @@ fn no_byte_is_lost_or_repeated_when_workers_die() {
 fn the_next_worker_answers_at_once() {
     let agent = Agent::start();
     let mut times = Vec::new();
-    for _ in 0..9 {
-        // Longer than what counts as a short life, now and then.
-        std::thread::sleep(Duration::from_millis(350));
+    for _ in 0..5 {
+        // Longer than what counts as a short life.
+        std::thread::sleep(Duration::from_millis(200));
         let worker = agent.worker_pid().unwrap();
         let start = Instant::now();
         rustix_kill(worker);
@@ -188,7 +188,7 @@ fn the_next_worker_answers_at_once() {
         times.push(start.elapsed());
     }
     times.sort();
-    assert!(times[4] < Duration::from_millis(50), "{times:?}");
+    assert!(times[2] < Duration::from_millis(50), "{times:?}");
 }
 
 fn rustix_kill(pid: u32) {

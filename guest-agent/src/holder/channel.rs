@@ -93,6 +93,8 @@ impl Viewer {
 #[derive(Debug)]
 pub(super) enum Role {
     Idle,
+    /// Waits for a program to run.
+    Starting,
     Viewer(Box<Viewer>),
     /// Waits for the end of a process.
     Waiting(u64),

@@ -3,7 +3,6 @@
 use std::time::Instant;
 
 use belljar_protocol::v1::{self, event::What};
-use rustix::io::Errno;
 
 use super::Holder;
 use super::channel::Role;
@@ -36,13 +35,15 @@ impl Holder {
             self.worker_ended(reaped.status);
         } else if let Some(id) = self.table.take_pid(reaped.pid) {
             self.process_ended(id, reaped);
+        } else if self.take_start(reaped) {
+            // A program that did not get to run, or not for long.
         } else {
             // Somebody's orphan: its cgroup may be empty now.
             self.untidy = true;
         }
     }
 
-    fn process_ended(&mut self, id: u64, reaped: &Reaped) {
+    pub(super) fn process_ended(&mut self, id: u64, reaped: &Reaped) {
         let Some(process) = self.table.get_mut(id) else {
             return;
         };
@@ -190,9 +191,4 @@ fn to_status(status: i32) -> Status {
         number: number.unsigned_abs(),
         core_dumped: status & 0x80 != 0,
     }
-}
-
-/// What a failed start of the worker says.
-pub(super) fn errno_text(errno: i32) -> Errno {
-    Errno::from_raw_os_error(errno)
 }

@@ -46,6 +46,9 @@ const SCRATCH: usize = 64 << 10;
 /// Channels at a time: one for each call, so as many as the worker has threads, and some.
 const MAX_CHANNELS: usize = 2048;
 
+/// How often programs are looked at whose start takes long.
+const START_PAUSE: Duration = Duration::from_millis(3);
+
 /// Tokens of the epoll set: a number times `KINDS` plus the kind of descriptor.
 const KINDS: u64 = 8;
 const KIND_OWN: u64 = 0;
@@ -97,6 +100,8 @@ pub(crate) struct Holder {
     channels: BTreeMap<u64, Channel>,
     last_channel: u64,
     events: Events,
+    /// Programs that do not run yet.
+    starting: Vec<start::Pending>,
     /// When processes want to be looked at.
     timers: BTreeSet<(Instant, u64)>,
     /// Processes with more to do than fitted into their turn.
@@ -156,6 +161,7 @@ impl Holder {
             channels: BTreeMap::new(),
             last_channel: 0,
             events: Events::new(),
+            starting: Vec::new(),
             timers: BTreeSet::new(),
             again: BTreeSet::new(),
             dirty: BTreeSet::new(),
@@ -286,6 +292,7 @@ impl Holder {
         if self.worker.restart_at.is_some_and(|at| at <= now) {
             self.start_worker();
         }
+        self.check_starting();
         self.tick_shutdown(now);
     }
 
@@ -304,6 +311,11 @@ impl Holder {
             .into_iter()
             .chain(self.announcement.as_ref().map(Announcement::expires))
             .chain(self.worker.restart_at)
+            .chain(
+                self.starting
+                    .first()
+                    .and_then(|_| Instant::now().checked_add(START_PAUSE)),
+            )
             .chain(self.stopping.as_ref().map(Stopping::wakes_at))
             .min()?;
         let left = next.saturating_duration_since(Instant::now());

@@ -89,6 +89,7 @@ impl Holder {
                     process.waiters.retain(|waiter| *waiter != id);
                 }
             }
+            Role::Starting => self.cancel_start(id),
             Role::Idle | Role::Events { .. } => {}
         }
     }
@@ -268,6 +269,7 @@ impl Holder {
                     process.waiters.retain(|waiter| *waiter != id);
                 }
             }
+            Role::Starting => self.cancel_start(id),
             Role::Idle | Role::Events { .. } => {}
         }
     }

@@ -17,7 +17,8 @@ use crate::exec::cgroup::Leaf;
 use crate::exec::lifecycle::Lifecycle;
 use crate::exec::plan;
 use crate::exec::streams::{self, OwnEnds};
-use crate::sys::spawn::{Failure, Ids, Program, ResourceLimit, Step};
+use crate::sys::spawn::{Failure, Ids, Program, ResourceLimit, Spawned, Starting, Step};
+use crate::sys::{self, Reaped};
 use crate::wire::{SpawnFailed, Start, Started, from_holder::Message as Said};
 
 /// Bytes of a ring: by default, and the most and the least that is given.
@@ -52,6 +53,23 @@ impl From<rustix::io::Errno> for NotStarted {
     }
 }
 
+/// A program with all that belongs to it, from its check to its entry in the table.
+#[derive(Debug)]
+struct Prepared {
+    channel: u64,
+    start: Start,
+    terminal: Option<v1::Terminal>,
+    own: OwnEnds,
+    leaf: Option<Leaf>,
+}
+
+/// One whose start takes long: its cgroup is frozen, or its file system slow.
+#[derive(Debug)]
+pub(super) struct Pending {
+    prepared: Prepared,
+    starting: Starting,
+}
+
 impl Holder {
     /// Starts a program for a channel, or finds the one of that name.
     pub(super) fn start(&mut self, channel: u64, start: Start) {
@@ -77,26 +95,27 @@ impl Holder {
             let message = format!("{MAX_RUNNING} processes run already");
             return self.refuse(channel, Code::Busy, message);
         }
-        match self.try_start(channel, start) {
-            Ok(id) => {
-                let Some(process) = self.table.get(id) else {
-                    return;
-                };
-                let started = Started {
-                    pid: process.pid.unsigned_abs(),
-                    id,
-                    existed: false,
-                };
-                let event = v1::ProcessStarted {
-                    id,
-                    name: process.name.clone(),
-                    pid: process.pid.unsigned_abs(),
-                };
-                self.say(channel, Said::Started(started));
-                self.add_event(What::Started(event));
-            }
-            Err(NotStarted::Refused(code, message)) => self.refuse(channel, code, message),
-            Err(NotStarted::Failed(failure)) => self.say(
+        if !start.name.is_empty()
+            && self
+                .starting
+                .iter()
+                .any(|it| it.prepared.start.name == start.name)
+        {
+            return self.refuse(
+                channel,
+                Code::Busy,
+                "a process of that name is being started",
+            );
+        }
+        if let Err(error) = self.try_start(channel, start) {
+            self.say_not_started(channel, error);
+        }
+    }
+
+    fn say_not_started(&mut self, channel: u64, error: NotStarted) {
+        match error {
+            NotStarted::Refused(code, message) => self.refuse(channel, code, message),
+            NotStarted::Failed(failure) => self.say(
                 channel,
                 Said::SpawnFailed(SpawnFailed {
                     step: failure.step.number(),
@@ -106,7 +125,7 @@ impl Holder {
         }
     }
 
-    fn try_start(&mut self, channel: u64, start: Start) -> Result<u64, NotStarted> {
+    fn try_start(&mut self, channel: u64, start: Start) -> Result<(), NotStarted> {
         check(&start)?;
         let mut program = program(&start).ok_or(NotStarted::Refused(
             Code::Invalid,
@@ -121,10 +140,8 @@ impl Holder {
             child.give_to(ids.uid, ids.gid);
         }
         // What this process may open more than programs do is its own.
-        if !program
-            .limits
-            .iter()
-            .any(|limit| limit.resource == RLIMIT_NOFILE)
+        let is_limited = |limit: &ResourceLimit| limit.resource == RLIMIT_NOFILE;
+        if !program.limits.iter().any(is_limited)
             && let Some(values) = descriptor_limit(self.descriptors)
         {
             program.limits.push(ResourceLimit {
@@ -134,28 +151,120 @@ impl Holder {
         }
         let leaf = self.take_leaf(start.limits.as_ref())?;
         let spawned = self.spawner.spawn(
-            &program,
+            program,
             &child.stdio(&self.null),
             leaf.as_ref().map(Leaf::folder),
         );
         drop(child);
         self.untidy = true;
-        let pid = match spawned {
-            Ok(pid) => pid,
-            Err(failure) => {
-                self.returned.extend(leaf);
+        let prepared = Prepared {
+            channel,
+            start,
+            terminal,
+            own,
+            leaf,
+        };
+        match spawned {
+            Ok(Spawned::Running(pid)) => {
+                self.enter(prepared, pid);
+            }
+            Ok(Spawned::Starting(starting)) => self.begin_to_wait(prepared, starting),
+            Err((failure, _)) => {
+                self.returned.extend(prepared.leaf);
                 return Err(NotStarted::Failed(failure));
             }
+        }
+        Ok(())
+    }
+
+    fn begin_to_wait(&mut self, prepared: Prepared, starting: Starting) {
+        if let Some(channel) = self.channels.get_mut(&prepared.channel) {
+            channel.role = Role::Starting;
+        }
+        self.starting.push(Pending { prepared, starting });
+    }
+
+    /// Looks whether programs run by now whose start takes long.
+    pub(super) fn check_starting(&mut self) {
+        for pending in std::mem::take(&mut self.starting) {
+            self.check_start(pending);
+        }
+    }
+
+    /// Returns the number of the process if the program has got to run.
+    fn check_start(&mut self, pending: Pending) -> Option<u64> {
+        let Pending { prepared, starting } = pending;
+        let channel = prepared.channel;
+        match starting.check(&mut self.spawner) {
+            Err(starting) => {
+                self.starting.push(Pending { prepared, starting });
+                None
+            }
+            Ok(Ok(pid)) => Some(self.enter(prepared, pid)),
+            Ok(Err(failure)) => {
+                self.returned.extend(prepared.leaf);
+                self.untidy = true;
+                if let Some(channel) = self.channels.get_mut(&channel) {
+                    channel.role = Role::Idle;
+                }
+                self.say_not_started(channel, NotStarted::Failed(failure));
+                None
+            }
+        }
+    }
+
+    /// A child has ended that may be one whose program did not run yet.
+    pub(super) fn take_start(&mut self, reaped: &Reaped) -> bool {
+        let known = |it: &Pending| it.starting.pid() == reaped.pid;
+        let Some(at) = self.starting.iter().position(known) else {
+            return false;
         };
-        let process = self.record(channel, start, terminal, own, pid, leaf);
+        let pending = self.starting.swap_remove(at);
+        if let Some(id) = self.check_start(pending) {
+            self.table.take_pid(reaped.pid);
+            self.process_ended(id, reaped);
+        }
+        true
+    }
+
+    /// Nobody waits for a start any more.
+    pub(super) fn cancel_start(&mut self, channel: u64) {
+        for pending in &self.starting {
+            let prepared = &pending.prepared;
+            if prepared.channel == channel && !prepared.start.detached {
+                match prepared.leaf.as_ref().map(Leaf::kill) {
+                    Some(Ok(())) => {}
+                    _ => sys::signal_process(pending.starting.pid(), libc::SIGKILL as u32),
+                }
+            }
+        }
+    }
+
+    /// Enters a process that runs, with the channel that started it as its first reader, and tells of
+    /// it.
+    fn enter(&mut self, prepared: Prepared, pid: i32) -> u64 {
+        let channel = prepared.channel;
+        let process = self.record(prepared, pid);
         let id = process.id;
-        let watched = self.watch_process(&process);
-        if watched.is_err() {
+        if let Err(error) = self.watch_process(&process) {
+            // Its output cannot be read: without memory for that it is better not run.
+            crate::log!("cannot watch process {pid}: {error}; killing it");
             process.kill_tree();
         }
+        let event = v1::ProcessStarted {
+            id,
+            name: process.name.clone(),
+            pid: pid.unsigned_abs(),
+        };
         self.insert(channel, process);
-        watched.map_err(NotStarted::from)?;
-        Ok(id)
+        let started = Started {
+            pid: pid.unsigned_abs(),
+            id,
+            existed: false,
+        };
+        self.say(channel, Said::Started(started));
+        self.add_event(What::Started(event));
+        id
     }
 
     /// A cgroup, with limits if there are any. Without cgroups programs run all the same, but not
@@ -189,15 +298,14 @@ impl Holder {
         }
     }
 
-    fn record(
-        &mut self,
-        channel: u64,
-        start: Start,
-        terminal: Option<v1::Terminal>,
-        own: OwnEnds,
-        pid: i32,
-        leaf: Option<Leaf>,
-    ) -> Process {
+    fn record(&mut self, prepared: Prepared, pid: i32) -> Process {
+        let Prepared {
+            channel,
+            start,
+            terminal,
+            own,
+            leaf,
+        } = prepared;
         let now = Instant::now();
         let ring = match start.ring_bytes {
             0 => DEFAULT_RING,
@@ -269,7 +377,6 @@ impl Holder {
         Ok(())
     }
 
-    /// Enters a process that runs, with the channel that started it as its first reader.
     fn insert(&mut self, channel: u64, mut process: Process) {
         let id = process.id;
         let mut viewer = Viewer::new(id);
@@ -279,9 +386,19 @@ impl Holder {
         if let Some(at) = process.life.wakes_at() {
             self.timers.insert((at, id));
         }
-        process.viewers.push(channel);
-        if let Some(channel) = self.channels.get_mut(&channel) {
-            channel.role = Role::Viewer(Box::new(viewer));
+        match self.channels.get_mut(&channel) {
+            Some(known) => {
+                known.role = Role::Viewer(Box::new(viewer));
+                process.viewers.push(channel);
+            }
+            // Gone while the program was started.
+            None => {
+                let is_tied = process.owner != Owner::None;
+                process.disown();
+                if is_tied {
+                    process.kill_tree();
+                }
+            }
         }
         self.table.insert(process);
     }

@@ -16,11 +16,11 @@ use rustix::net::{
 };
 
 use super::{Holder, OWN_CONTROL, high, own};
-use crate::sys::spawn::Program;
+use crate::sys::spawn::{Program, Spawned};
 use crate::wire::WorkerConfig;
 
 /// A worker that ends sooner than this was no good.
-const SHORT_LIFE: Duration = Duration::from_secs(1);
+const SHORT_LIFE: Duration = Duration::from_millis(100);
 
 /// The wait before one more worker is started after several that were no good.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
@@ -106,9 +106,18 @@ impl Holder {
             self.worker.listener.as_raw_fd(),
             theirs.as_raw_fd(),
         ];
-        let spawned = self.spawner.spawn(&program, &stdio, None);
-        let pid = spawned
-            .map_err(|failure| std::io::Error::from(super::end::errno_text(failure.errno)))?;
+        let pid = match self.spawner.spawn(program, &stdio, None) {
+            Ok(Spawned::Running(pid)) => pid,
+            Ok(Spawned::Starting(starting)) => {
+                let pid = starting.pid();
+                // It runs in a moment; what it still needs stays.
+                drop(starting);
+                pid
+            }
+            Err((failure, _)) => {
+                return Err(rustix::io::Errno::from_raw_os_error(failure.errno).into());
+            }
+        };
         self.worker.control = Some(ours);
         Ok(pid)
     }

@@ -228,6 +228,11 @@ impl Channel {
     /// channel free.
     pub(crate) fn ask(&mut self, holder: &Holder, asked: Asked) -> Result<Said, Failure> {
         self.request(holder, asked)?;
+        self.answer()
+    }
+
+    /// Waits for the answer to a request.
+    pub(super) fn answer(&mut self) -> Result<Said, Failure> {
         match self.receive(None)? {
             Some(Said::Refused(error)) => Err(Failure::Refused(error)),
             Some(said) => Ok(said),

@@ -39,7 +39,13 @@ pub(super) fn exec(context: &Context, conn: &mut Conn, exec: &v1::Exec) -> Answe
         }
     };
     let mut channel = context.holder.open()?;
-    match channel.ask(&context.holder, Asked::Start(start))? {
+    let is_tied = !start.detached;
+    channel.request(&context.holder, Asked::Start(start))?;
+    if is_tied {
+        // A start may take long: in a guest that is frozen, for instance.
+        super::relay::wait_for_either(conn, &channel, None)?;
+    }
+    match channel.answer()? {
         Said::Started(started) => {
             let reply = Answer::Exec(v1::ExecStarted {
                 pid: started.pid,

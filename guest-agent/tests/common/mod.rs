@@ -76,6 +76,10 @@ impl Agent {
         agent
     }
 
+    pub fn cgroup(&self) -> Option<&Path> {
+        self.cgroup.as_deref()
+    }
+
     pub fn pid(&self) -> u32 {
         self.process.id()
     }
