@@ -7,6 +7,7 @@
 
 mod decoders;
 pub mod mutate;
+mod store;
 
 /// A target with some good input to begin with.
 #[derive(Debug, Clone, Copy)]
@@ -32,6 +33,21 @@ pub const TARGETS: &[Target] = &[
         name: "agent",
         run: decoders::agent,
         seeds: decoders::agent_seeds,
+    },
+    Target {
+        name: "store-sealed",
+        run: store::sealed,
+        seeds: store::sealed_seeds,
+    },
+    Target {
+        name: "store-pack",
+        run: store::pack,
+        seeds: store::pack_seeds,
+    },
+    Target {
+        name: "store-stream",
+        run: store::stream,
+        seeds: store::stream_seeds,
     },
 ];
 
