@@ -169,7 +169,7 @@ impl Unpacker {
             return Err(error("make", &entry.path, Errno::ISDIR).into());
         };
         if entry.kind == Kind::Directory {
-            return self.directory(&names, name, entry);
+            return self.directory(&names, &name, *entry);
         }
         self.go_to(&names)?;
         let failed = |errno| error("make", &entry.path, errno);
@@ -230,20 +230,20 @@ impl Unpacker {
     fn directory(
         &mut self,
         above: &[CString],
-        name: CString,
-        entry: Box<Entry>,
+        name: &CStr,
+        entry: Entry,
     ) -> Result<(), UnpackError> {
         self.go_to(above)?;
-        let is_new = match mkdirat(self.dirs.here(), &name, Mode::from_raw_mode(0o700)) {
+        let is_new = match mkdirat(self.dirs.here(), name, Mode::from_raw_mode(0o700)) {
             Ok(()) => true,
             Err(Errno::EXIST) => false,
             Err(errno) => return Err(error("make directory", &entry.path, errno).into()),
         };
         let path = entry.path.clone();
-        self.enter(&name)
+        self.enter(name)
             .map_err(|errno| error("enter", &path, errno))?;
         if is_new && let Some(pending) = self.pending.last_mut() {
-            *pending = Some(Pending { entry: *entry });
+            *pending = Some(Pending { entry });
         }
         Ok(())
     }

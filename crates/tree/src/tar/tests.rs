@@ -96,7 +96,7 @@ fn everything_an_entry_says_comes_back() {
 fn holes_come_back() {
     let segments = [(4096, 5), (1 << 40, 3)];
     let size = (1 << 40) + 100;
-    let (mut entry, _) = file(&vec![b's'; 200], b"");
+    let (mut entry, _) = file(&[b's'; 200], b"");
     entry.size = size;
     let map = sparse_map(&segments, size);
     let mut out = Vec::new();
@@ -120,7 +120,7 @@ fn gnu_tar_reads_what_is_written() {
     let mut entry = file(&[b"a/".repeat(80), b"name".to_vec()].concat(), b"hello").0;
     entry.modified = 1_600_000_000;
     entry.modified_ns = 5;
-    let bytes = stream(&[(entry.clone(), b"hello".to_vec())]);
+    let bytes = stream(&[(entry, b"hello".to_vec())]);
     let mut tar = Command::new("tar")
         .args(["-xO", "-f", "-"])
         .stdin(Stdio::piped())
@@ -178,7 +178,7 @@ fn what_gnu_tar_writes_is_read() {
 fn hostile_headers_are_refused() {
     let good = stream(&[file(b"a", b"12345")]);
     assert_eq!(parse(&good[..700], 100), Err(ParseError::Cut));
-    let mut wrong = good.clone();
+    let mut wrong = good;
     wrong[0] = b'b';
     assert_eq!(parse(&wrong, 512), Err(ParseError::Checksum));
     assert_eq!(

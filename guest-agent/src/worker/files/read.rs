@@ -170,14 +170,13 @@ fn send_data(
 ) -> Result<u64, Broken> {
     while from < to {
         match pread(file, sender.space(to - from), from) {
-            Ok(0) => break,
+            // The end; or a file of the kernel with nothing in it now.
+            Ok(0) | Err(Errno::AGAIN) => break,
             Ok(got) => {
                 from = from.saturating_add(got as u64);
                 sender.filled(got)?;
             }
             Err(Errno::INTR) => {}
-            // A file of the kernel with nothing in it now.
-            Err(Errno::AGAIN) => break,
             Err(errno) => return Err(errno.into()),
         }
     }

@@ -10,5 +10,6 @@ mod crashes;
 mod doctor;
 mod endurance;
 mod failures;
+mod files;
 mod lifecycle;
 mod run;
