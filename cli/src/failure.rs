@@ -8,6 +8,7 @@ use belljar_node::sandbox::BootError;
 use belljar_node::state::StateError;
 
 use crate::OURS;
+use crate::output::escaped;
 use crate::report;
 
 /// Why a verb did not do what it was asked to.
@@ -119,9 +120,11 @@ impl From<ConnectError> for Failure {
 
 impl From<GuestError> for Failure {
     fn from(error: GuestError) -> Self {
+        // The guest's own words, and names of its files.
+        let message = escaped(&error.to_string()).into_owned();
         match error.remedy() {
-            Some(remedy) => Self::with_remedy(&error, remedy),
-            None => Self::new(&error),
+            Some(remedy) => Self::with_remedy(message, remedy),
+            None => Self::new(message),
         }
     }
 }
@@ -130,7 +133,7 @@ impl From<CopyError> for Failure {
     fn from(error: CopyError) -> Self {
         match error {
             CopyError::Guest(error) => error.into(),
-            other => Self::new(&other),
+            other => Self::new(escaped(&other.to_string())),
         }
     }
 }

@@ -16,8 +16,20 @@ pub const CALL_LIMIT: Duration = Duration::from_secs(10);
 pub enum GuestError {
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    #[error("sandbox {id}: {source}")]
+    #[error("sandbox {id}: {}", said(source))]
     Call { id: String, source: CallError },
+}
+
+/// What the guest's system refused is told as it was told: nothing is wrong with call or agent.
+fn said(error: &CallError) -> String {
+    match error {
+        CallError::Refused {
+            code: Code::System,
+            message,
+            ..
+        } => message.clone(),
+        other => other.to_string(),
+    }
 }
 
 impl GuestError {

@@ -64,6 +64,15 @@ fn files_go_in_and_out_whole() {
     single_files(&user, &sandbox);
     larger_than_memory(&user, &sandbox);
     ten_thousand_files(&user, &sandbox);
+}
+
+#[test]
+fn files_of_any_name_and_anybody() {
+    let user = User::new();
+    let sandbox = user.sandbox(&[]);
+    fs::write(user.home().join("a"), b"a").unwrap();
+    fs::write(user.home().join("b"), b"b").unwrap();
+    fs::write(user.home().join("noise"), noise(9_000_001, 7)).unwrap();
     names_that_are_no_text(&user, &sandbox);
     streams(&user, &sandbox);
     failures(&user, &sandbox);
