@@ -158,11 +158,17 @@ fn help(verb: &[String]) -> u8 {
         );
         return crate::OURS;
     };
-    let _ = if verb.is_empty() {
-        described.print_help()
+    let text = if verb.is_empty() {
+        described.render_help()
     } else {
-        described.print_long_help()
+        described.render_long_help()
     };
+    let text = if crate::output::has_colour() {
+        text.ansi().to_string()
+    } else {
+        text.to_string()
+    };
+    crate::output::print(&format!("{}\n", text.trim_end()));
     0
 }
 
@@ -176,8 +182,8 @@ pub(crate) fn print_list(asked: bool) -> u8 {
     if asked {
         return help(&[]);
     }
-    let text = described().render_help();
-    crate::report::print(&text.to_string());
+    let text = described().render_help().to_string();
+    crate::report::print(&format!("{}\n", text.trim_end()));
     crate::OURS
 }
 

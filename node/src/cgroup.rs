@@ -30,14 +30,35 @@ pub enum LimitError {
 /// # Errors
 /// No cgroup with the cpu controller can be made.
 pub fn limit(id: &str, milli: u32, pid: u32) -> Result<PathBuf, LimitError> {
+    try_each(&format!("{PREFIX}{id}"), |parent, path| {
+        make(parent, path, milli)?;
+        fs::write(path.join("cgroup.procs"), pid.to_string())
+    })
+}
+
+/// Whether [`limit`] can work here, and where; leaves nothing.
+///
+/// # Errors
+/// As [`limit`].
+pub fn probe() -> Result<PathBuf, LimitError> {
+    let name = format!("{PREFIX}probe-{}", std::process::id());
+    let path = try_each(&name, |parent, path| make(parent, path, 1000))?;
+    let _ = fs::remove_dir(&path);
+    Ok(path.parent().map(Path::to_path_buf).unwrap_or_default())
+}
+
+fn try_each(
+    name: &str,
+    make: impl Fn(&Path, &Path) -> io::Result<()>,
+) -> Result<PathBuf, LimitError> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let mount = mount_point(&mounts).ok_or(LimitError::NoCgroups)?;
     let own = own_path(&own).ok_or(LimitError::NoCgroups)?;
     let mut refused = None;
     for parent in parents(&mount, &own) {
-        let path = parent.join(format!("{PREFIX}{id}"));
-        match make(&parent, &path, milli, pid) {
+        let path = parent.join(name);
+        match make(&parent, &path) {
             Ok(()) => return Ok(path),
             Err(source) => {
                 let _ = fs::remove_dir(&path);
@@ -51,7 +72,7 @@ pub fn limit(id: &str, milli: u32, pid: u32) -> Result<PathBuf, LimitError> {
     Err(refused.unwrap_or(LimitError::NoCgroups))
 }
 
-fn make(parent: &Path, path: &Path, milli: u32, pid: u32) -> io::Result<()> {
+fn make(parent: &Path, path: &Path, milli: u32) -> io::Result<()> {
     match fs::create_dir(path) {
         // A crash left it.
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
@@ -62,8 +83,7 @@ fn make(parent: &Path, path: &Path, milli: u32, pid: u32) -> io::Result<()> {
         fs::write(parent.join("cgroup.subtree_control"), "+cpu")?;
     }
     let quota_us = u64::from(milli).saturating_mul(PERIOD_US / 1000);
-    fs::write(quota, format!("{quota_us} {PERIOD_US}"))?;
-    fs::write(path.join("cgroup.procs"), pid.to_string())
+    fs::write(quota, format!("{quota_us} {PERIOD_US}"))
 }
 
 /// Removes a cgroup that [`limit`] made, once nothing runs in it. The path comes from a record, so anything else

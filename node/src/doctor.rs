@@ -8,6 +8,7 @@ use std::process::Command;
 use serde::Serialize;
 
 use crate::assets::{AssetError, Assets};
+use crate::cgroup;
 use crate::cpu;
 use crate::leftovers::{self, Advice};
 use crate::lifecycle::LifeError;
@@ -101,6 +102,7 @@ pub fn examine(
         )),
     }
     checks.push(host_kernel());
+    checks.push(cpu_limits());
     checks.push(tun());
     checks.push(userfaultfd());
     checks
@@ -334,6 +336,18 @@ fn at_least(release: &str, wanted: (u32, u32)) -> bool {
         .split(|c: char| !c.is_ascii_digit())
         .map(|part| part.parse::<u32>().unwrap_or(0));
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= wanted
+}
+
+fn cpu_limits() -> Check {
+    let name = "CPU limits";
+    match cgroup::probe() {
+        Ok(parent) => Check::ok(name, format!("cgroups below {}", parent.display())),
+        Err(error) => Check::note(
+            name,
+            "this user can make no cgroup with the cpu controller",
+            error.to_string(),
+        ),
+    }
 }
 
 fn tun() -> Check {

@@ -4,12 +4,13 @@ use std::os::fd::AsFd;
 use std::time::Instant;
 
 use belljar_node::assets::Assets;
-use belljar_node::lifecycle;
+use belljar_node::lifecycle::{self, StartError};
 use belljar_node::registry::Found;
-use belljar_node::sandbox::Limits;
+use belljar_node::sandbox::{BootError, Limits};
 use belljar_node::stages::Stages;
 use belljar_node::sys::{SIGHUP, SIGINT, SIGTERM, SignalFd};
 
+use crate::OURS;
 use crate::failure::{Failure, each};
 use crate::options::{BootOptions, MachineOptions, Selection};
 use crate::output;
@@ -54,7 +55,17 @@ fn start_one(args: &Args, found: &Found) -> Result<(), Failure> {
     let mut stages = Stages::new(Instant::now());
     let assets = Assets::locate(args.machine.assets.as_deref())?;
     let programs = args.machine.programs();
-    let sandbox = lifecycle::start(found, &programs, &assets, limits, &mut stages)?;
+    let sandbox = match lifecycle::start(found, &programs, &assets, limits, &mut stages) {
+        Err(StartError::Boot(error @ BootError::Cancelled)) => {
+            let signal = signals.take().unwrap_or(SIGINT);
+            return Err(Failure::Other {
+                status: u8::try_from(signal.saturating_add(128)).unwrap_or(OURS),
+                message: error.to_string(),
+                remedy: None,
+            });
+        }
+        other => other?,
+    };
     if args.boot_time {
         report::stages(&stages);
     }
