@@ -12,7 +12,7 @@ use crate::arguments::described;
 use crate::failure::{Failure, status_of};
 use crate::output;
 
-/// Print a script that completes verbs and options in a shell
+/// Print a script that completes verbs, options and names of sandboxes in a shell
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -38,11 +38,65 @@ pub(crate) struct ManArgs {
 
 /// Returns the exit status.
 pub(crate) fn completion(args: &Args) -> u8 {
-    let mut script = Vec::new();
-    let mut command = described();
-    clap_complete::generate(args.shell, &mut command, "belljar", &mut script);
-    output::print(&String::from_utf8_lossy(&script));
+    output::print(&script(args.shell));
     0
+}
+
+/// Completes the names of sandboxes where the generated function offers nothing or files.
+const BASH_NAMES: &str = r#"
+_belljar_and_names() {
+    _belljar "$@"
+    local cur=${COMP_WORDS[COMP_CWORD]}
+    if [[ $COMP_CWORD -ge 2 && $cur != -* ]]; then
+        COMPREPLY+=($(compgen -W "$(belljar ls --all --names 2>/dev/null)" -- "$cur"))
+    fi
+}
+complete -F _belljar_and_names -o nosort -o bashdefault -o default belljar
+"#;
+const ZSH_NAMES: &str = r#"
+_belljar_names() {
+    local -a names
+    names=(${(f)"$(belljar ls --all --names 2>/dev/null)"})
+    compadd -a names
+}
+"#;
+const FISH_NAMES: &str = r#"
+complete -c belljar -n "not __fish_belljar_needs_command" -f -a "(belljar ls --all --names 2>/dev/null)"
+"#;
+
+/// What is generated, with the names of sandboxes.
+fn script(shell: Shell) -> String {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut described(), "belljar", &mut script);
+    let script = String::from_utf8_lossy(&script).into_owned();
+    match shell {
+        Shell::Bash => script + BASH_NAMES,
+        Shell::Fish => script + FISH_NAMES,
+        Shell::Zsh => {
+            // Arguments that are sandboxes are named so in the definition.
+            let lines = script.lines().map(|line| {
+                let is_sandbox = [":sandbox --", "*::sandboxes --", "::sandbox --"]
+                    .iter()
+                    .any(|name| line.contains(name));
+                if is_sandbox {
+                    line.replace(":_default'", ":_belljar_names'")
+                } else {
+                    line.to_owned()
+                }
+            });
+            let named: Vec<String> = lines.collect();
+            // Before the part that registers or calls the function.
+            let text = named.join("\n") + "\n";
+            match text.rfind("\nif [ \"$funcstack[1]\"") {
+                Some(at) => {
+                    let (head, tail) = text.split_at(at);
+                    format!("{head}{ZSH_NAMES}{tail}")
+                }
+                None => text + ZSH_NAMES,
+            }
+        }
+        _ => script,
+    }
 }
 
 /// Returns the exit status.
@@ -103,9 +157,7 @@ mod tests {
     #[test]
     fn every_shell_has_a_script() {
         for shell in Shell::value_variants() {
-            let mut script = Vec::new();
-            clap_complete::generate(*shell, &mut described(), "belljar", &mut script);
-            let script = String::from_utf8(script).unwrap();
+            let script = script(*shell);
             assert!(
                 script.contains("inspect") && script.contains("boot-timeout"),
                 "{shell}"

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::failure::{Failure, status_of};
 use crate::options::has_labels;
-use crate::output::{self, Format, OutputOption, Table};
+use crate::output::{self, Format, OutputOption, Table, escaped};
 use crate::values::{self, Label};
 
 /// List the sandboxes of this user
@@ -28,6 +28,10 @@ pub(crate) struct Args {
     #[arg(short, long)]
     quiet: bool,
 
+    /// Print nothing but names, or ids of those that have none, one a line
+    #[arg(long, conflicts_with = "quiet")]
+    names: bool,
+
     /// Only sandboxes with this label; several must all be there
     #[arg(short, long, value_name = "KEY[=VALUE]", value_parser = values::label)]
     label: Vec<Label>,
@@ -48,12 +52,12 @@ pub(crate) fn ls(args: &Args) -> u8 {
 fn list(args: &Args) -> Result<u8, Failure> {
     let mut listed = registry::list(&StateRoot::locate()?)?;
     listed.retain(|listed| is_wanted(args, listed));
-    if args.quiet {
-        let ids: String = listed
-            .iter()
-            .map(|listed| format!("{}\n", listed.found.id()))
-            .collect();
-        output::print(&ids);
+    if args.quiet || args.names {
+        let word = |listed: &Listed| match args.names {
+            true => format!("{}\n", escaped(listed.called())),
+            false => format!("{}\n", listed.found.id()),
+        };
+        output::print(&listed.iter().map(word).collect::<String>());
         return Ok(0);
     }
     match args.output.format() {
