@@ -48,7 +48,7 @@ struct Sandbox<'a> {
 /// All measures, with `count` operations each of the short ones.
 pub(crate) fn measure(programs: &Programs, count: usize) -> Result<Vec<Samples>> {
     let sandbox = Sandbox::start(programs)?;
-    let mut all: Vec<Samples> = sandbox.memory().into_iter().collect();
+    let mut all = vec![sandbox.memory()?];
     let tool = programs.tool.to_string_lossy();
     sandbox.says(&["cp", &tool, &format!("{NAME}:{TOOL}")])?;
     all.push(sandbox.guests_own(count)?);
