@@ -140,7 +140,9 @@ pub(crate) struct Ends {
     pub(crate) timeout: Option<Duration>,
     /// SIGINT ends the session, and is not passed on.
     pub(crate) give_up: bool,
-    /// The box, for messages.
+    /// Nothing that is typed reaches the process.
+    pub(crate) watch_only: bool,
+    /// The process, for messages.
     pub(crate) called: String,
     /// Nothing is said about beginning and end.
     pub(crate) quiet: bool,
@@ -160,7 +162,7 @@ impl Ends {
 
     /// Whether the terminal here is made raw.
     fn is_raw(&self) -> bool {
-        self.terminal && self.stdin && stdin().is_terminal()
+        self.terminal && (self.stdin || self.watch_only) && stdin().is_terminal()
     }
 
     /// The signals that have to be collected; block them before anything takes time.
@@ -195,6 +197,8 @@ impl Ends {
         if raw {
             io.terminal = Some(RawTerminal::enter(stdout.as_fd())?);
             io.detach_keys = Some(keys);
+            io.watch_only = self.watch_only;
+            io.stdin = Some(stdin.as_fd());
         }
         io.first = first;
         let outcome = process::run(session, dial, io, Patience::default());

@@ -24,12 +24,17 @@ fn keys_go_to_the_guest_and_the_terminal_is_restored() {
     terminal.type_in(b"echo $TERM; stty size; tty >/dev/null && echo is a terminal\r");
     terminal.wait_for("xterm-256color\r\n24 80\r\nis a terminal\r\n");
     // The program gets Ctrl-C and Ctrl-\, this end does not.
-    terminal.type_in(b"sleep 1000\r");
+    // Not typed before the program runs: then it would only drop the line.
+    terminal.type_in(b"echo run''ning; sleep 1000\r");
+    terminal.wait_for("running\r\n");
     terminal.type_in(b"\x03");
+    terminal.wait_for("^C");
     terminal.type_in(b"echo status $?\r");
     terminal.wait_for("status 130\r\n");
-    terminal.type_in(b"sleep 1000\r");
+    terminal.type_in(b"echo run''ning again; sleep 1000\r");
+    terminal.wait_for("running again\r\n");
     terminal.type_in(b"\x1c");
+    terminal.wait_for("^\\");
     terminal.type_in(b"echo now $?\r");
     terminal.wait_for("now 131\r\n");
     terminal.type_in(b"exit 5\r");
@@ -89,6 +94,34 @@ fn leaving_and_coming_back() {
     assert_eq!(two.wait(), 4);
     let mut three = three;
     assert_eq!(three.wait(), 4);
+}
+
+#[test]
+fn a_watcher_leaves_by_ctrl_c_or_the_keys_and_harms_nobody() {
+    let sandbox = Sandbox::start();
+    let start = [
+        "exec",
+        "-d",
+        "-t",
+        "--name",
+        "tty",
+        ID,
+        "sh",
+        "-c",
+        "echo shown; sleep 1000",
+    ];
+    sandbox.expect(&start, 0, "tty\n");
+    for (keys, status) in [(&b"\x03"[..], 130), (b"\x10\x11", 0)] {
+        let mut watcher = Terminal::start(
+            &sandbox.belljar(&["attach", "--replay", "-r", ID, "tty"]),
+            80,
+            24,
+        );
+        watcher.wait_for("shown\r\n");
+        watcher.type_in(keys);
+        assert_eq!(watcher.wait(), status);
+    }
+    sandbox.expect(&["ps", "-q", ID], 0, "1\n");
 }
 
 #[test]

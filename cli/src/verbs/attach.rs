@@ -73,6 +73,7 @@ fn connect(args: &Args) -> Result<u8, Failure> {
         terminal: has_terminal,
         detach_keys: args.leaving.detach_keys.clone(),
         give_up: args.read_only,
+        watch_only: args.read_only,
         called: session::called(&info),
         ..Ends::default()
     };

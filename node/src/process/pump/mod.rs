@@ -31,6 +31,8 @@ const READ_SIZE: usize = 128 * 1024;
 const AGENT_PATIENCE: Duration = Duration::from_secs(3);
 /// A process has to be started, or found, within this time.
 const START_LIMIT: Duration = Duration::from_secs(30);
+/// What a terminal in raw mode sends for Ctrl-C.
+const CTRL_C: u8 = 3;
 /// An answer that takes longer is noticed.
 const SLOW: Duration = Duration::from_secs(3);
 /// The agent confirms within this time that it has detached this viewer.
@@ -82,6 +84,8 @@ pub struct Io<'a, 'n> {
     /// Of the user, in raw mode.
     pub terminal: Option<RawTerminal<'a>>,
     pub detach_keys: Option<DetachKeys>,
+    /// What is typed only leaves: by the keys for that, or by Ctrl-C.
+    pub watch_only: bool,
     /// The process has this time in all, and the agent ends it then.
     pub timeout: Option<Duration>,
     /// Written to `stdout` before anything of the process.
@@ -104,6 +108,7 @@ impl<'a, 'n> Io<'a, 'n> {
             on_interrupt: OnInterrupt::Forward,
             terminal: None,
             detach_keys: None,
+            watch_only: false,
             timeout: None,
             first: b"",
             notice,
@@ -137,6 +142,7 @@ pub fn run(
         on_interrupt: io.on_interrupt,
         terminal: io.terminal,
         keys: io.detach_keys,
+        watch_only: io.watch_only,
         notice: io.notice,
         interrupts: 0,
         start_by: begin + patience.start,
@@ -188,6 +194,7 @@ struct Pump<'a, 'n> {
     on_interrupt: OnInterrupt,
     terminal: Option<RawTerminal<'a>>,
     keys: Option<DetachKeys>,
+    watch_only: bool,
     notice: &'n mut dyn FnMut(Notice<'_>),
     interrupts: u32,
     start_by: Instant,
@@ -454,6 +461,15 @@ impl Pump<'_, '_> {
         };
         let mut wanted = Vec::with_capacity(count);
         let left = keys.filter(typed, &mut wanted);
+        if self.watch_only {
+            let interrupted = wanted.contains(&CTRL_C);
+            if left {
+                self.outcome = Some(Outcome::Detached);
+            } else if interrupted {
+                self.outcome = Some(Outcome::GivenUp(SIGINT));
+            }
+            return;
+        }
         self.session.input(&wanted);
         if left {
             self.session.detach();
