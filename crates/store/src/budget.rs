@@ -5,7 +5,8 @@ use std::collections::{HashMap, HashSet};
 use crate::error::{Error, Result};
 use crate::id::{ChunkId, SnapshotId};
 use crate::pack::Entry;
-use crate::store::{Inner, Place, Snapshot, Store};
+use crate::state::{Place, Snapshot};
+use crate::store::{Inner, Store};
 
 /// What a store has on disk.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

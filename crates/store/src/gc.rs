@@ -13,7 +13,8 @@ use crate::error::{Error, Result};
 use crate::id::{ChunkId, PackId, SnapshotId};
 use crate::pack::{self, Entry, PackWriter};
 use crate::proto;
-use crate::store::{Inner, Pack, Problem, Store, locked, manifest_path};
+use crate::state::{Pack, Problem};
+use crate::store::{Inner, Store, locked, manifest_path};
 
 /// A pack with less than this percentage of live bytes is rewritten.
 const FULL_ENOUGH: u64 = 70;

@@ -22,8 +22,10 @@ mod pack;
 pub mod probe;
 mod read;
 mod source;
+mod state;
 mod store;
 mod transfer;
+mod work;
 mod write;
 
 #[cfg(test)]
@@ -42,7 +44,8 @@ pub use id::{ChunkId, NotAnId, PackId, SnapshotId, StoreId};
 pub use manifest::{Extent, Image, Kind, Manifest, Requirements};
 pub use read::{Reader, Sink};
 pub use source::{FileSource, Source};
-pub use store::{Problem, Settings, Snapshot, Store};
+pub use state::{Problem, Snapshot};
+pub use store::{Settings, Store};
 pub use transfer::Imported;
 pub use write::{Options, Stored, Writer};
 

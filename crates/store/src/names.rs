@@ -10,7 +10,8 @@ use crate::fs::Fs;
 use crate::id::SnapshotId;
 use crate::manifest::{is_name, labels_fit};
 use crate::proto;
-use crate::store::{Inner, State, Store, locked};
+use crate::state::State;
+use crate::store::{Inner, Store, locked};
 
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Mark {

@@ -138,6 +138,8 @@ impl Store {
         let id = SnapshotId::from_slice(&head.snapshot)
             .ok_or_else(|| bad("its snapshot has no good id"))?;
         if self.inner.snapshot_ids()?.binary_search(&id).is_ok() {
+            // Durable too, if an earlier attempt could not make it so.
+            self.inner.sync_dir("manifests")?;
             return Ok(Imported::Known(id));
         }
         let mut receiver = Receiver::begin(self, id, &head)?;

@@ -132,7 +132,9 @@ fn an_import_that_fails_anywhere_can_be_done_again() {
         let first = import(&to, &stream);
         sim.plan(None);
         if first.is_err() {
-            assert!(to.list().unwrap().is_empty(), "call {at}");
+            // Only if nothing but the last sync failed, and the removal then too, it is there: whole.
+            let listed = to.list().unwrap().len();
+            assert!(listed == 0 || sim.paths("tmp").is_empty(), "call {at}");
             import(&to, &stream).unwrap();
         }
         assert!(restored(&to.read(id).unwrap(), "memory").unwrap() == memory);
