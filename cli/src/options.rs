@@ -226,3 +226,24 @@ fn vmm_program(named: Option<&Path>) -> PathBuf {
         |path| std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf()),
     )
 }
+
+/// The sandboxes that a verb looks at: named, or all that run.
+#[derive(Debug, Args)]
+pub(crate) struct Several {
+    /// Ids or names of sandboxes, or the beginnings of either; none: all that run
+    #[arg(value_name = "BOX")]
+    sandboxes: Vec<String>,
+}
+
+impl Several {
+    /// Those named, whatever they do; else those that run.
+    pub(crate) fn running(&self) -> Result<Vec<Found>, Failure> {
+        let root = StateRoot::locate()?;
+        if self.sandboxes.is_empty() {
+            let running = |listed: &Listed| listed.state.word() == "running";
+            let all = registry::list(&root)?.into_iter();
+            return Ok(all.filter(running).map(|listed| listed.found).collect());
+        }
+        self.sandboxes.iter().map(|word| find(word)).collect()
+    }
+}

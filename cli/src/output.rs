@@ -48,6 +48,14 @@ pub(crate) fn print(text: &str) {
     let _ = stdout().write_all(text.as_bytes());
 }
 
+/// Prints on standard output. False: nobody reads it any more.
+pub(crate) fn print_on(text: &str) -> bool {
+    let mut out = stdout();
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .is_ok()
+}
+
 /// Prints one document, readable on a terminal.
 pub(crate) fn print_json(document: &impl Serialize) {
     let text = if stdout().is_terminal() {

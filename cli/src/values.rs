@@ -24,6 +24,12 @@ pub(crate) fn image(text: &str) -> Result<ImageChoice, String> {
     })
 }
 
+/// A number and what follows it after `separator`.
+pub(crate) fn pair(text: &str, separator: char) -> (&str, Option<&str>) {
+    text.split_once(separator)
+        .map_or((text, None), |(first, second)| (first, Some(second)))
+}
+
 /// `500ms`, `30s`, `5m`, `1h`, or seconds without a suffix; fractions are allowed.
 pub(crate) fn time(text: &str) -> Result<Duration, String> {
     let digits = text

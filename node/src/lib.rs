@@ -2,6 +2,7 @@
 #![deny(unsafe_code)]
 
 pub mod accounting;
+mod again;
 pub mod assets;
 pub mod bounded_log;
 pub mod cgroup;
@@ -28,7 +29,10 @@ pub mod state;
 pub mod supervisor;
 pub mod symptoms;
 pub mod sys;
+pub mod system;
 pub mod vmm;
+pub mod wait;
+pub mod watch;
 
 /// How a command in a guest ended.
 pub use belljar_protocol::v1::end::How as End;
