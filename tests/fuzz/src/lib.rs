@@ -6,6 +6,7 @@
 #![allow(missing_docs)]
 
 mod decoders;
+mod files;
 pub mod mutate;
 mod store;
 
@@ -33,6 +34,16 @@ pub const TARGETS: &[Target] = &[
         name: "agent",
         run: decoders::agent,
         seeds: decoders::agent_seeds,
+    },
+    Target {
+        name: "pieces",
+        run: files::pieces,
+        seeds: files::piece_seeds,
+    },
+    Target {
+        name: "tar",
+        run: files::tar,
+        seeds: files::tar_seeds,
     },
     Target {
         name: "store-sealed",
