@@ -37,6 +37,9 @@ pub(crate) struct Leaf {
     oom_kills: u64,
     /// CPU time used in it before.
     cpu_us: u64,
+    /// `memory.peak`, begun anew: of a cgroup that was used before.
+    peak: Option<OwnedFd>,
+    is_used: bool,
     /// It has limits, or was killed once: Linux (seen on 6.18) then kills everything that `clone3`
     /// starts in it, too. So it is not used again.
     used_up: Cell<bool>,
@@ -111,7 +114,12 @@ impl Leaf {
         Usage {
             cpu_us: cpu_us(&self.folder).saturating_sub(self.cpu_us),
             memory: read("memory.current"),
-            memory_peak: read("memory.peak"),
+            memory_peak: match &self.peak {
+                Some(peak) => read_number_of(peak).unwrap_or(0),
+                // It would be that of programs before.
+                None if self.is_used => 0,
+                None => read("memory.peak"),
+            },
             pids: u32::try_from(read("pids.current")).unwrap_or(u32::MAX),
         }
     }
@@ -143,6 +151,7 @@ impl Cgroups {
         make_folder(&root, USER)?;
         let user = open_folder(&root, USER)?;
         enable(&user);
+        reserve(&user);
         Ok(Self {
             user,
             path,
@@ -189,9 +198,12 @@ impl Cgroups {
             Some(false) if self.idle.len() < KEPT && !leaf.used_up.get() => {
                 let oom_kills = oom_kills(&leaf.folder);
                 let cpu_us = cpu_us(&leaf.folder);
+                let peak = new_peak(&leaf.folder);
                 self.idle.push(Leaf {
                     oom_kills,
                     cpu_us,
+                    peak,
+                    is_used: true,
                     ..leaf
                 });
             }
@@ -228,6 +240,8 @@ impl Cgroups {
                         folder,
                         oom_kills: 0,
                         cpu_us: 0,
+                        peak: None,
+                        is_used: false,
                         used_up: Cell::new(false),
                     });
                 }
@@ -242,6 +256,40 @@ impl Cgroups {
         let name = number.to_string();
         if rustix::fs::unlinkat(&self.user, &*name, AtFlags::REMOVEDIR) == Err(Errno::BUSY) {
             self.occupied.push_back(number);
+        }
+    }
+}
+
+/// Keeps back from the programs what holder, worker and kernel need to answer under any load: some
+/// memory and some process numbers. And under full load the CPU is the agent's first.
+fn reserve(user: &OwnedFd) {
+    let info = rustix::system::sysinfo();
+    let unit = u64::from(info.mem_unit.max(1));
+    let ram = u64::try_from(info.totalram)
+        .unwrap_or(0)
+        .saturating_mul(unit);
+    let memory = ram.saturating_sub((ram / 16).clamp(12 << 20, 64 << 20));
+    let number = |path| {
+        crate::boot::read_file(path)
+            .ok()?
+            .trim()
+            .parse::<u64>()
+            .ok()
+    };
+    let most = ["/proc/sys/kernel/pid_max", "/proc/sys/kernel/threads-max"]
+        .into_iter()
+        .filter_map(number)
+        .min();
+    let pids = most.map(|most| most.saturating_sub((most / 8).clamp(64, 1024)));
+    let limits = [
+        ("memory.max", Some(memory)),
+        ("pids.max", pids),
+        ("cpu.weight", Some(50)),
+    ];
+    for (name, value) in limits {
+        if let Some(value) = value {
+            // Without the controller there is no limit to set.
+            let _ = write(user, name, &value.to_string());
         }
     }
 }
@@ -286,10 +334,22 @@ fn read_key(folder: &OwnedFd, name: &str, key: &str) -> Option<u64> {
 fn read_number(folder: &OwnedFd, name: &str) -> Option<u64> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
     let file = rustix::fs::openat(folder, name, flags, Mode::empty()).ok()?;
+    read_number_of(&file)
+}
+
+fn read_number_of(file: &OwnedFd) -> Option<u64> {
     let mut content = [0; 32];
-    let got = rustix::io::read(file, &mut content[..]).ok()?;
+    let got = rustix::io::pread(file, &mut content[..], 0).ok()?;
     let text = std::str::from_utf8(content.get(..got)?).ok()?;
     text.trim().parse().ok()
+}
+
+/// `memory.peak` as seen from now on through this descriptor (Linux 6.12).
+fn new_peak(folder: &OwnedFd) -> Option<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(folder, "memory.peak", flags, Mode::empty()).ok()?;
+    rustix::io::write(&file, b"0").ok()?;
+    Some(file)
 }
 
 fn cpu_us(folder: &OwnedFd) -> u64 {
