@@ -18,6 +18,8 @@ mod ring;
 mod shutdown;
 mod start;
 mod table;
+#[cfg(test)]
+mod tests;
 mod worker;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -124,6 +126,12 @@ pub(crate) struct Holder {
 impl Holder {
     /// A holder with its first worker running.
     pub(crate) fn new(setup: Setup) -> io::Result<Self> {
+        let mut holder = Self::without_worker(setup)?;
+        holder.start_worker();
+        Ok(holder)
+    }
+
+    fn without_worker(setup: Setup) -> io::Result<Self> {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
         let signals = sys::child_signals()?;
         let token = EventData::new_u64(own(OWN_SIGNALS));
@@ -147,7 +155,7 @@ impl Holder {
             disk: setup.disk.map(path_of).unwrap_or_default(),
             activity: path_of(activity.as_raw_fd()),
         };
-        let mut holder = Self {
+        Ok(Self {
             epoll,
             signals,
             null: high(open_null()?)?,
@@ -172,9 +180,7 @@ impl Holder {
             inbox: vec![0; SCRATCH],
             announcement: None,
             stopping: None,
-        };
-        holder.start_worker();
-        Ok(holder)
+        })
     }
 
     /// What replies say the agent can do.

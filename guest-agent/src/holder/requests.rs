@@ -17,6 +17,9 @@ const OWNER_TIME: Duration = Duration::from_secs(10);
 /// Longest reference to a process by name, and other short texts, bytes.
 pub(super) const MAX_NAME: usize = 128;
 
+/// Answers that a channel may leave unread, bytes: more than the longest one.
+const MAX_UNSENT: usize = 2 << 20;
+
 /// Largest event that the worker may post, bytes.
 const MAX_EVENT: usize = 4096;
 
@@ -69,6 +72,9 @@ impl Holder {
                 let frame = channel.decoder.feed(&mut bytes).map_err(broken)?;
                 let Some(frame) = frame else { break };
                 let asked = ToHolder::decode(&*frame).map_err(broken)?;
+                if channel.unsent() > MAX_UNSENT {
+                    return Err(broken("it asks and does not read"));
+                }
                 if let Some(asked) = asked.message {
                     self.answer(id, asked)?;
                 }
