@@ -187,8 +187,8 @@ impl Supervisor {
                 owner_present = self.obey(owner);
             }
         }
-        self.control.close();
         let ended = self.end()?;
+        self.control.close();
         Event::Ended(Box::new(ended)).send(owner);
         Ok(())
     }

@@ -274,7 +274,7 @@ fn a_fraction_of_a_processor_is_a_limit() {
     let (begin, before) = (Instant::now(), ran());
     thread::sleep(Duration::from_secs(3));
     let part = (ran() - before).as_secs_f64() / begin.elapsed().as_secs_f64();
-    assert!((0.05..0.4).contains(&part), "it ran {part} of the time");
+    assert!((0.01..0.4).contains(&part), "it ran {part} of the time");
     let cgroup = inspected(&user, "slow")["owner"]["cgroup"].clone();
     running.signal(rustix::process::Signal::TERM);
     let _ = running.wait();
