@@ -54,23 +54,29 @@ impl Namer {
 }
 
 /// Compresses chunks; one for each thread.
-pub(crate) struct Compressor(zstd::bulk::Compressor<'static>);
+pub(crate) struct Compressor {
+    zstd: zstd::bulk::Compressor<'static>,
+    /// As large as the largest result: so that a chunk takes only what it needs.
+    scratch: Vec<u8>,
+}
 
 impl Compressor {
     pub(crate) fn new(level: i32) -> Result<Self> {
-        zstd::bulk::Compressor::new(level)
-            .map(Self)
-            .map_err(Error::Compress)
+        let zstd = zstd::bulk::Compressor::new(level).map_err(Error::Compress)?;
+        let scratch = vec![0; zstd::zstd_safe::compress_bound(MAX_CHUNK)];
+        Ok(Self { zstd, scratch })
     }
 
     pub(crate) fn pack(&mut self, id: ChunkId, bytes: &[u8]) -> Result<Packed> {
-        let small = self.0.compress(bytes).map_err(Error::Compress)?;
+        let done = self.zstd.compress_to_buffer(bytes, &mut self.scratch[..]);
+        let length = done.map_err(Error::Compress)?;
+        let small = self.scratch.get(..length).unwrap_or(bytes);
         let worth = small.len() < bytes.len() - bytes.len() / 16;
         Ok(Packed {
             id,
             encoding: if worth { Encoding::Zstd } else { Encoding::Raw },
             raw_len: u32::try_from(bytes.len()).unwrap_or(u32::MAX),
-            bytes: if worth { small } else { bytes.to_vec() },
+            bytes: if worth { small } else { bytes }.to_vec(),
         })
     }
 }

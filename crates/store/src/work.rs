@@ -166,16 +166,27 @@ impl<'a, S: Source + ?Sized> Work<'a, S> {
         let slot_pages = u64::from(self.inner.settings.slot_bytes) / PAGE;
         let mut chunks = Vec::new();
         for pages in cut::chunks_of(&buffers.pages, slot_pages) {
-            buffers.chunk.clear();
-            for page in &pages {
-                let bytes = buffers.data.get(span(page - first, 1));
-                buffers.chunk.extend_from_slice(bytes.unwrap_or_default());
-            }
-            let id = self.inner.namer.name(&buffers.chunk);
+            let run = match (pages.first(), pages.last()) {
+                (Some(one), Some(last)) if last - one + 1 == pages.len() as u64 => Some(*one),
+                _ => None,
+            };
+            let bytes = match run {
+                Some(one) => buffers
+                    .data
+                    .get(span(one - first, pages.len() as u64))
+                    .unwrap_or_default(),
+                None => {
+                    buffers.chunk.clear();
+                    for page in &pages {
+                        let bytes = buffers.data.get(span(page - first, 1));
+                        buffers.chunk.extend_from_slice(bytes.unwrap_or_default());
+                    }
+                    &buffers.chunk
+                }
+            };
+            let id = self.inner.namer.name(bytes);
             let new = needs(&self.inner, self.writer, &self.pending, id);
-            let packed = new
-                .then(|| compressor.pack(id, &buffers.chunk))
-                .transpose()?;
+            let packed = new.then(|| compressor.pack(id, bytes)).transpose()?;
             chunks.push(Piece { id, pages, packed });
         }
         Ok(Cut { region, chunks })
