@@ -13,7 +13,8 @@ use std::time::Instant;
 use belljar_protocol::frame;
 use belljar_protocol::v1::{self, error::Code, exec_output::Output};
 use prost::Message;
-use rustix::io::IoSlice;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::{Errno, IoSlice};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
     socketpair,
@@ -78,6 +79,23 @@ pub(crate) struct Reader {
 }
 
 impl Holder {
+    /// Returns when the holder has gone.
+    pub(crate) fn wait_for_its_end(&self) {
+        loop {
+            // Nothing is asked for: a hang-up is told all the same.
+            let mut set = [PollFd::from_borrowed_fd(
+                self.control.as_fd(),
+                PollFlags::empty(),
+            )];
+            match poll(&mut set, None) {
+                Ok(_) => return,
+                Err(Errno::INTR) => {}
+                // No memory for the kernel, for a moment.
+                Err(_) => std::thread::sleep(std::time::Duration::from_secs(1)),
+            }
+        }
+    }
+
     /// With the control socket that the worker was started with.
     pub(crate) const fn new(control: OwnedFd) -> Self {
         Self {

@@ -129,9 +129,9 @@ pub(crate) fn run() -> i32 {
         Ok(context) => {
             let context = Arc::new(context);
             context.serve();
-            loop {
-                std::thread::park();
-            }
+            context.holder.wait_for_its_end();
+            // Whoever starts in the holder's place starts a worker of its own.
+            0
         }
         Err(error) => {
             log!("a worker cannot start: {error}");
