@@ -120,6 +120,11 @@ fn files_go_where_cp_would_put_them() {
     fs::write(world.guest("short"), b"s").unwrap();
     world.pull("short", "back").unwrap();
     assert_eq!(fs::read(world.host("back")).unwrap(), b"s");
+    let status = Path::new("/proc/self/status");
+    let to = world.guest("status");
+    let to = to.to_str().unwrap().as_bytes();
+    files::in_to_guest(status, &world, to, &CopyOptions::default(), &mut |_, _| {}).unwrap();
+    assert!(fs::metadata(world.guest("status")).unwrap().len() > 100);
     fs::write(world.guest("empty"), b"").unwrap();
     world.pull("empty", "back").unwrap();
     assert_eq!(fs::read(world.host("back")).unwrap(), b"");

@@ -122,6 +122,13 @@ fn a_tree_goes_out_and_comes_back() {
         &stream,
     ));
     assert_eq!((code, errno), (v1::error::Code::System, 17));
+    let (named, _) = world
+        .read(v1::ReadTree {
+            name: Vec::new(),
+            ..world.reading("from/a/b")
+        })
+        .unwrap();
+    assert!(named.windows(7).any(|part| part == b"b/link\0"));
     // A single file, and a symlink.
     let (stream, _) = world
         .read(v1::ReadTree {

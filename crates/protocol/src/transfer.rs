@@ -11,6 +11,9 @@ use crate::v1::{self, file_chunk::Piece as Kind};
 /// Payload bytes of one frame of [`ChunkBuffer`].
 pub const CHUNK: usize = 256 << 10;
 
+/// Payload bytes of one frame that is announced ahead of its bytes ([`announce`]).
+pub const LONG_CHUNK: usize = 512 << 10;
+
 /// Room ahead of the payload for the frame's length, the field's tag and its length.
 const PREFIX: usize = 16;
 
@@ -291,14 +294,7 @@ impl ChunkBuffer {
     /// The whole frame, ready to be sent; not to be called when empty.
     pub fn frame(&mut self) -> &[u8] {
         let mut prefix = [0; PREFIX];
-        let mut start = PREFIX;
-        let data = put_varint_before(&mut prefix, &mut start, self.filled);
-        start = start.saturating_sub(1);
-        if let Some(byte) = prefix.get_mut(start) {
-            *byte = DATA_TAG;
-        }
-        let length = self.filled.saturating_add(data).saturating_add(1);
-        put_varint_before(&mut prefix, &mut start, length);
+        let start = write_prefix(&mut prefix, self.filled);
         if let Some(room) = self.bytes.first_chunk_mut() {
             *room = prefix;
         }
@@ -310,6 +306,28 @@ impl ChunkBuffer {
     pub const fn clear(&mut self) {
         self.filled = 0;
     }
+}
+
+/// What comes ahead of `length` bytes of data that follow as one frame, at most [`LONG_CHUNK`]. Whoever sends
+/// this has promised them.
+#[must_use]
+pub fn announce(length: usize) -> Vec<u8> {
+    let mut prefix = [0; PREFIX];
+    let start = write_prefix(&mut prefix, length);
+    prefix.get(start..).unwrap_or_default().to_vec()
+}
+
+/// Returns where the prefix begins; it ends with the room.
+fn write_prefix(prefix: &mut [u8; PREFIX], length: usize) -> usize {
+    let mut start = PREFIX;
+    let data = put_varint_before(prefix, &mut start, length);
+    start = start.saturating_sub(1);
+    if let Some(byte) = prefix.get_mut(start) {
+        *byte = DATA_TAG;
+    }
+    let length = length.saturating_add(data).saturating_add(1);
+    put_varint_before(prefix, &mut start, length);
+    start
 }
 
 /// Writes a varint so that it ends at `start`, which moves to its first byte. Returns its length.

@@ -39,8 +39,11 @@ fn show(path: &[u8]) -> String {
     String::from_utf8_lossy(path).into_owned()
 }
 
-/// Puts `name` behind `path`.
+/// Puts `name` behind `path`; either may be empty.
 pub(crate) fn join(path: &[u8], name: &[u8]) -> Vec<u8> {
+    if name.is_empty() {
+        return path.to_vec();
+    }
     let mut joined = Vec::with_capacity(path.len() + name.len() + 1);
     joined.extend_from_slice(path);
     if !path.is_empty() {

@@ -6,8 +6,9 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use belljar_protocol::client::{CallError, files::Upload};
-use belljar_protocol::transfer::Piece;
+use belljar_protocol::client::CallError;
+use belljar_protocol::client::files::{SendError, Upload};
+use belljar_protocol::transfer::{LONG_CHUNK, Piece};
 use belljar_protocol::v1;
 use belljar_tree::pack::Sink;
 use rustix::fs::{SeekFrom, Timespec, Timestamps, UTIME_NOW, futimens, seek};
@@ -55,11 +56,12 @@ pub(super) fn send_file(
         .metadata()
         .map_err(|error| Sending::Host(failed("read", path, error)))?;
     let size = info.len();
-    if !info.is_file() {
+    // Files of the kernel say nothing about their size.
+    if !info.is_file() || size == 0 {
         return send_range(file, path, upload, counter, u64::MAX);
     }
     if info.blocks().saturating_mul(512) >= size {
-        return send_range(file, path, upload, counter, size);
+        return send_data(file, path, upload, counter, size);
     }
     let mut at = 0;
     while at < size {
@@ -77,7 +79,7 @@ pub(super) fn send_file(
         let hole = seek(file, SeekFrom::Hole(at)).map_or(size, |hole| hole.min(size));
         seek(file, SeekFrom::Start(at))
             .map_err(|error| Sending::Host(failed("read", path, error.into())))?;
-        send_range(file, path, upload, counter, hole.saturating_sub(at))?;
+        send_data(file, path, upload, counter, hole.saturating_sub(at))?;
         at = hole.max(at + 1);
     }
     Ok(())
@@ -96,6 +98,31 @@ impl From<CallError> for Sending {
     }
 }
 
+/// Of a regular file: straight from the page cache to the socket.
+fn send_data(
+    file: &File,
+    path: &Path,
+    upload: &mut Upload<UnixStream>,
+    counter: &mut Counter<'_>,
+    length: u64,
+) -> Result<(), Sending> {
+    let mut left = length;
+    while left > 0 {
+        let sent = upload.send_file(file, left.min(LONG_CHUNK as u64));
+        let sent = sent.map_err(|error| match error {
+            SendError::Call(error) => Sending::Guest(error),
+            SendError::File(errno) => Sending::Host(failed("read", path, errno.into())),
+        })?;
+        if sent == 0 {
+            break;
+        }
+        counter.add(sent);
+        left = left.saturating_sub(sent);
+    }
+    Ok(())
+}
+
+/// Of a pipe or the like, up to its end.
 fn send_range(
     mut file: &File,
     path: &Path,

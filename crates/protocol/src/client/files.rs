@@ -1,14 +1,17 @@
 //! File calls: one connection each, on streams that are made for them.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 use super::{CallError, Connection, Stream, is_timeout, send_bytes};
 use crate::frame;
-use crate::transfer::{CHUNK, ChunkBuffer, ChunkReader, Piece, TransferError};
+use crate::transfer::{
+    CHUNK, ChunkBuffer, ChunkReader, LONG_CHUNK, Piece, TransferError, announce,
+};
 use crate::v1::{self, file_chunk, reply::Result as Answer, request::Call};
 
 /// Makes a function for a call with a single reply.
@@ -195,6 +198,17 @@ pub struct Upload<S> {
     idle: Option<Duration>,
 }
 
+/// Why a file was not sent.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    /// The agent, or the way to it.
+    #[error(transparent)]
+    Call(#[from] CallError),
+    /// The file cannot be read.
+    #[error("cannot read the file: {}", io::Error::from(*.0))]
+    File(#[from] Errno),
+}
+
 /// Begins to write a file. `idle` bounds each wait for the agent, now and later.
 pub fn write_file<S: Stream + AsFd>(
     stream: S,
@@ -257,6 +271,61 @@ impl<S: Stream + AsFd> Upload<S> {
             data = data.get(count..).unwrap_or_default();
             if self.buffer.is_full() {
                 self.flush()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends at most `length` bytes of a file from where it stands, without their passing through this
+    /// program where the system can do that. Returns how many there were.
+    pub fn send_file(&mut self, file: impl AsFd, length: u64) -> Result<u64, SendError> {
+        let file = file.as_fd();
+        self.flush()?;
+        let mut sent = 0;
+        while sent < length {
+            let size = rustix::fs::fstat(file)?.st_size;
+            let position = rustix::fs::tell(file)?;
+            let there = u64::try_from(size).unwrap_or(0).saturating_sub(position);
+            let wanted = there.min(length - sent).min(LONG_CHUNK as u64);
+            if wanted == 0 {
+                break;
+            }
+            let wanted = usize::try_from(wanted).unwrap_or(0);
+            self.check_early()?;
+            let header = announce(wanted);
+            let begun = send_bytes(&mut self.connection.stream, &header, self.doing, None);
+            self.explain(begun)?;
+            self.send_promised(file, wanted)?;
+            sent = sent.saturating_add(wanted as u64);
+        }
+        Ok(sent)
+    }
+
+    fn send_promised(&mut self, file: BorrowedFd<'_>, mut left: usize) -> Result<(), SendError> {
+        while left > 0 {
+            let doing = self.doing;
+            match rustix::fs::sendfile(&self.connection.stream, file, None, left) {
+                // The file became shorter: the promise cannot be kept, and the stream is of no use.
+                Ok(0) => return Err(SendError::File(Errno::NODATA)),
+                Ok(count) => left = left.saturating_sub(count),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Err(CallError::Timeout { doing }.into()),
+                Err(Errno::PIPE | Errno::CONNRESET) => {
+                    return Ok(self.explain(Err(CallError::Closed { doing }))?);
+                }
+                // No page cache, as in some file systems: by hand.
+                Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+                    let mut data = vec![0; left.min(CHUNK)];
+                    let got = rustix::io::read(file, &mut data)?;
+                    if got == 0 {
+                        return Err(SendError::File(Errno::NODATA));
+                    }
+                    let data = data.get(..got).unwrap_or_default();
+                    let sent = send_bytes(&mut self.connection.stream, data, doing, None);
+                    self.explain(sent)?;
+                    left = left.saturating_sub(got);
+                }
+                Err(errno) => return Err(SendError::File(errno)),
             }
         }
         Ok(())

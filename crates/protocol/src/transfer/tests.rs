@@ -49,6 +49,11 @@ fn a_buffer_writes_what_the_encoder_writes() {
             message(Kind::Data(data.clone())),
             "{length}"
         );
+        assert_eq!(
+            [announce(length), data].concat(),
+            buffer.frame(),
+            "{length}"
+        );
         assert_eq!(buffer.is_full(), length == CHUNK);
         buffer.clear();
         assert!(buffer.is_empty());
