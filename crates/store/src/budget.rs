@@ -123,6 +123,7 @@ impl Store {
             }
             let removed = if dry_run {
                 self.inner
+                    .state()
                     .why_kept(snapshot.id, live, &existing)
                     .map_or(Ok(()), |why| {
                         Err(Error::Kept {

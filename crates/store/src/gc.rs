@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::id::{ChunkId, PackId, SnapshotId};
 use crate::pack::{self, Entry, PackWriter};
 use crate::proto;
-use crate::state::{Pack, Problem};
+use crate::state::{Pack, Problem, State};
 use crate::store::{Inner, Store, locked, manifest_path};
 
 /// A pack with less than this percentage of live bytes is rewritten.
@@ -68,11 +68,18 @@ impl Store {
             return Err(Error::NoSnapshot(id.to_string()));
         }
         self.inner.names_good()?;
-        if let Some(why) = self.inner.why_kept(id, live, &existing) {
-            return Err(Error::Kept { id, why });
+        {
+            let mut state = self.inner.state();
+            if let Some(why) = state.why_kept(id, live, &existing) {
+                return Err(Error::Kept { id, why });
+            }
+            state.removing.insert(id);
         }
-        self.inner
-            .discard(&manifest_path(id), "manifest", &id.to_string())?;
+        let moved = self
+            .inner
+            .discard(&manifest_path(id), "manifest", &id.to_string());
+        self.inner.state().removing.remove(&id);
+        moved?;
         self.inner.sync_dir("manifests")
     }
 
@@ -193,7 +200,7 @@ impl Drop for Claims<'_> {
     }
 }
 
-impl Inner {
+impl State {
     /// Why a snapshot may not be removed.
     pub(crate) fn why_kept(
         &self,
@@ -201,9 +208,8 @@ impl Inner {
         live: &HashSet<SnapshotId>,
         existing: &[SnapshotId],
     ) -> Option<String> {
-        let state = self.state();
-        let tags = state.names.tags_of(id, existing);
-        if state.names.mark(id).is_some_and(|mark| mark.pinned) {
+        let tags = self.names.tags_of(id, existing);
+        if self.names.mark(id).is_some_and(|mark| mark.pinned) {
             return Some("it is pinned".into());
         }
         if !tags.is_empty() {
@@ -212,12 +218,13 @@ impl Inner {
         if live.contains(&id) {
             return Some("a sandbox uses it".into());
         }
-        state
-            .held
+        self.held
             .contains_key(&id)
             .then(|| "it is being read".into())
     }
+}
 
+impl Inner {
     /// Moves a file to the waiting area, under the time at which that was.
     fn discard(&self, path: &str, kind: &str, id: &str) -> Result<()> {
         let to = format!("trash/{:016}.{kind}.{id}", self.fs.now_ms());

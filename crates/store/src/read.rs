@@ -54,7 +54,7 @@ impl Store {
     /// # Errors
     /// [`Error::NoSnapshot`], [`Error::Damaged`], [`Error::Version`], what the system says.
     pub fn read(&self, id: SnapshotId) -> Result<Reader> {
-        let hold = Hold::new(&self.inner, id);
+        let hold = Hold::new(&self.inner, id)?;
         let manifest = self.inner.manifest(id)?;
         std::mem::forget(hold);
         Ok(Reader {
@@ -74,11 +74,14 @@ impl Store {
 struct Hold<'a>(&'a Inner, SnapshotId);
 
 impl<'a> Hold<'a> {
-    fn new(inner: &'a Inner, id: SnapshotId) -> Self {
-        // Removal checks under this lock and removes under it.
-        let _changing = locked(&inner.changing);
-        *inner.state().held.entry(id).or_insert(0) += 1;
-        Self(inner, id)
+    fn new(inner: &'a Inner, id: SnapshotId) -> Result<Self> {
+        // Not under the lock that a commit holds while it syncs: restoring must not wait for that.
+        let mut state = inner.state();
+        if state.removing.contains(&id) {
+            return Err(Error::NoSnapshot(id.to_string()));
+        }
+        *state.held.entry(id).or_insert(0) += 1;
+        Ok(Self(inner, id))
     }
 }
 

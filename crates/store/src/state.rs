@@ -92,6 +92,8 @@ pub(crate) struct State {
     pub(crate) claimed: Option<HashSet<ChunkId>>,
     /// How many readers there are of a snapshot.
     pub(crate) held: HashMap<SnapshotId, usize>,
+    /// Snapshots about to leave the list: no reader begins.
+    pub(crate) removing: HashSet<SnapshotId>,
     pub(crate) problems: Vec<Problem>,
 }
 

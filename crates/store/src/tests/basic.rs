@@ -403,3 +403,25 @@ fn a_dropped_writer_leaves_nothing_but_garbage() {
     store.gc(0).unwrap();
     assert!(sim.paths("packs").is_empty() && sim.paths("trash").is_empty());
 }
+
+#[test]
+fn a_reader_beside_the_writer_follows_what_a_collection_moves() {
+    let sim = Sim::new();
+    let store = Store::create_on(sim.fs(), small()).unwrap();
+    let mut random = Random(17);
+    let beside = Store::open_on(sim.fs(), true).unwrap();
+    let (mut kept, mut moved) = (Vec::new(), 0);
+    for round in 0..12 {
+        let memory = random.pages(20, 9);
+        kept.push((put(&store, &memory).0, memory));
+        if round % 4 == 3 {
+            sim.pass(1);
+            moved += store.gc(0).unwrap().packs;
+        }
+        for (id, memory) in &kept {
+            assert!(restored(&beside.read(*id).unwrap(), "memory").unwrap() == *memory);
+        }
+    }
+    assert!(moved > 0);
+    assert_eq!(beside.list().unwrap().len(), 12);
+}
