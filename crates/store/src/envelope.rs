@@ -32,7 +32,7 @@ impl Kind {
     pub(crate) const fn limit(self) -> u64 {
         match self {
             Self::Identity => 4 << 10,
-            Self::Names => 16 << 20,
+            Self::Names => 4 << 20,
             Self::Manifest => 64 << 20,
             Self::Incoming => 256 << 20,
         }

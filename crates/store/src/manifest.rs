@@ -14,6 +14,11 @@ const MAX_IMAGES: usize = 256;
 const MAX_PARENTS: usize = 64;
 const MAX_LABELS: usize = 256;
 const MAX_TEXT: usize = 4096;
+/// Of the message, all kinds together; and bytes of one that is neither image nor list of chunks.
+const MAX_FIELDS: usize = 1024;
+const MAX_FIELD: u64 = 1 << 20;
+/// Of all images: 200 MB in memory, and a page each of 32 GiB.
+const MAX_EXTENTS: usize = 8 << 20;
 /// 64 TiB: beyond any disk of a guest, and far from overflow.
 const MAX_LENGTH: u64 = 1 << 46;
 
@@ -164,6 +169,13 @@ impl Manifest {
     /// # Errors
     /// If anything in it is not as the format says.
     pub fn decode(path: &str, bytes: &[u8]) -> Result<Self> {
+        // Before protobuf makes something large of something small.
+        if !is_frugal(bytes) {
+            return Err(Error::damaged(
+                path,
+                "it has more or larger fields than any manifest",
+            ));
+        }
         let message = proto::Manifest::decode(bytes)
             .map_err(|error| Error::damaged(path, error.to_string()))?;
         checked(message).map_err(|what| Error::damaged(path, what))
@@ -213,6 +225,36 @@ fn check_texts(labels: &BTreeMap<String, String>, needs: &Requirements) -> Resul
     Ok(())
 }
 
+/// Whether a message has few fields, and only the known large ones are large: an empty image is two bytes as
+/// protobuf, and a hundred in memory.
+fn is_frugal(mut bytes: &[u8]) -> bool {
+    let mut fields = 0;
+    while !bytes.is_empty() {
+        fields += 1;
+        let Some(tag) = take_varint(&mut bytes) else {
+            return false;
+        };
+        let skip = match (tag >> 3, tag & 7) {
+            (_, 0) => take_varint(&mut bytes).map(|_| 0),
+            (_, 1) => Some(8),
+            (_, 5) => Some(4),
+            // Images and chunks; all else is small.
+            (6 | 7, 2) => take_varint(&mut bytes),
+            (_, 2) => take_varint(&mut bytes).filter(|length| *length <= MAX_FIELD),
+            _ => None,
+        };
+        let skip = skip.and_then(|skip| usize::try_from(skip).ok());
+        let Some(rest) = skip.and_then(|skip| bytes.get(skip..)) else {
+            return false;
+        };
+        if fields > MAX_FIELDS {
+            return false;
+        }
+        bytes = rest;
+    }
+    true
+}
+
 fn encode_image(image: &Image) -> proto::Image {
     let mut extents = Vec::with_capacity(image.extents.len() * 5);
     let (mut end, mut chunk) = (0, 0);
@@ -253,7 +295,13 @@ fn checked(message: proto::Manifest) -> Result<Manifest, String> {
     }
     let mut images = Vec::with_capacity(message.images.len());
     let mut names = HashSet::new();
+    let mut extents = 0;
     for image in message.images {
+        // Four bytes at least.
+        extents += image.extents.len() / 4;
+        if extents > MAX_EXTENTS {
+            return Err("too many extents".into());
+        }
         if !names.insert(image.name.clone()) {
             return Err(format!("two images are called {:?}", image.name));
         }
@@ -500,6 +548,26 @@ pub(crate) mod tests {
             };
             runs.into_iter().map(place).collect()
         })
+    }
+
+    #[test]
+    fn many_small_things_are_refused_before_they_are_large() {
+        // Empty images; empty labels; empty base images within the requirements.
+        let nested = [
+            &[0x2a, 0x80, 0x80, 0x80, 0x04][..],
+            &[0x2a, 0].repeat(4 << 20),
+        ]
+        .concat();
+        for bytes in [
+            [0x32, 0].repeat(16 << 20),
+            [0x22, 0].repeat(16 << 20),
+            nested,
+        ] {
+            let begun = std::time::Instant::now();
+            let error = Manifest::decode("x", &bytes).unwrap_err().to_string();
+            assert!(error.contains("more or larger fields"), "{error}");
+            assert!(begun.elapsed().as_secs() < 5);
+        }
     }
 
     proptest! {

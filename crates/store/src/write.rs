@@ -371,6 +371,8 @@ impl Writer {
         // Always: a chunk may be in a pack that another writer has just sealed.
         self.inner.sync_dir("packs")?;
         let message = self.manifest.encode();
+        // Nothing is stored that a reader would refuse.
+        Manifest::decode(&manifest_path(id), &message)?;
         self.stored.manifest_bytes =
             envelope::seal(envelope::Kind::Manifest, &[]).len() as u64 + message.len() as u64;
         self.inner.within_budget(self.stored.manifest_bytes)?;
