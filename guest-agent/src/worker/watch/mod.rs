@@ -11,7 +11,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
-use belljar_protocol::v1::{self, error::Code, reply::Result as Answer};
+use belljar_protocol::v1::{
+    self, error::Code, event::What as Happened, reply::Result as Answer, watch_event::What as Wire,
+};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
@@ -21,7 +23,7 @@ use self::queue::{LIMITS, Queue};
 use self::tree::{Told, What};
 use super::conn::{Conn, timespec};
 use super::files::Rights;
-use super::{Answered, Context, Outcome, refusal, system_error};
+use super::{Answered, Context, Outcome, refusal, system, system_error};
 use crate::log;
 
 /// Watches at a time.
@@ -100,6 +102,14 @@ pub(super) fn watch(context: &Context, conn: &mut Conn, call: &v1::Watch) -> Ans
         let (events, after, ended) = reader.read(next);
         next = after;
         if !events.is_empty() {
+            let lost = |event: &v1::WatchEvent| matches!(event.what, Some(Wire::Overflow(_)));
+            if events.iter().any(lost) {
+                let watch = reader.watch.id;
+                system::post(
+                    context,
+                    Happened::WatchOverflow(v1::WatchOverflowed { watch }),
+                );
+            }
             conn.send_each(&events)?;
         } else if ended || call.no_follow || !reader.wait(conn)? {
             return Ok(Outcome::Streamed);

@@ -13,3 +13,5 @@ mod failures;
 mod files;
 mod lifecycle;
 mod run;
+mod system;
+mod watch_ports;
