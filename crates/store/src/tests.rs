@@ -3,6 +3,7 @@
 mod basic;
 mod crash;
 mod hostile;
+mod manifest;
 mod sim;
 mod stream;
 
