@@ -27,7 +27,6 @@ pub(crate) struct BoxArg {
     pub(crate) sandbox: String,
 }
 
-#[allow(dead_code)] // Used by the verbs that are about to come.
 impl BoxArg {
     /// The sandbox that is meant.
     pub(crate) fn find(&self) -> Result<Found, Failure> {

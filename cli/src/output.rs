@@ -167,7 +167,6 @@ pub(crate) fn escaped(text: &str) -> Cow<'_, str> {
 }
 
 /// Bytes that are a name or a path, fit for a terminal; what is not UTF-8 is written `\xNN`.
-#[allow(dead_code)] // For verbs about files and processes.
 pub(crate) fn escaped_bytes(bytes: &[u8]) -> String {
     let mut fit = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {

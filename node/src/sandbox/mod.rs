@@ -3,6 +3,7 @@
 mod create;
 mod error;
 mod plan;
+mod record;
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,11 +13,11 @@ use std::process::Child;
 use std::time::{Duration, Instant};
 
 use belljar_protocol::{READY_PORT, client, v1};
-use serde::{Deserialize, Serialize};
 
 pub use create::create;
 pub use error::BootError;
 pub use plan::{DiskChoice, GuestSpec, ImageChoice, NewSandbox};
+pub use record::{BootRecord, StageRecord};
 
 use crate::assets::Assets;
 
@@ -60,30 +61,6 @@ pub struct Sandbox {
     ready: v1::Ready,
     life: Life,
     finished: bool,
-}
-
-/// How the last start went (`boot.json`).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BootRecord {
-    pub version: u32,
-    pub stages: Vec<StageRecord>,
-    /// What the guest says about itself: not to be trusted.
-    pub kernel: String,
-    pub agent_generation: u32,
-    pub guest_boot_id: String,
-}
-
-/// A stage of a boot, in microseconds.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StageRecord {
-    pub stage: String,
-    pub took_us: u64,
-    /// Since the command began.
-    pub at_us: u64,
-}
-
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// What bounds a boot.
@@ -143,7 +120,7 @@ impl Sandbox {
         stages.mark("prepared");
         sandbox.bring_up(&config, limits, deadline, stages)?;
         if sandbox.ready.degraded.is_empty() {
-            sandbox.record_boot(stages)?;
+            BootRecord::new(&sandbox.ready, stages).write(&sandbox.dir)?;
             Ok(sandbox)
         } else {
             Err(BootError::Degraded(sandbox.ready.degraded.clone()))
@@ -194,25 +171,6 @@ impl Sandbox {
             life,
             finished: false,
         })
-    }
-
-    /// For whoever asks later how the boot went.
-    fn record_boot(&self, stages: &Stages) -> Result<(), BootError> {
-        let record = BootRecord {
-            version: 1,
-            stages: stages
-                .rows()
-                .map(|(stage, took, at)| StageRecord {
-                    stage: stage.to_owned(),
-                    took_us: micros(took),
-                    at_us: micros(at),
-                })
-                .collect(),
-            kernel: self.ready.kernel_release.clone(),
-            agent_generation: self.ready.generation,
-            guest_boot_id: self.ready.boot_id.clone(),
-        };
-        Ok(self.dir.write_record(state::BOOT, &record)?)
     }
 
     fn bring_up(

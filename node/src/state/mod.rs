@@ -20,16 +20,16 @@
 
 mod names;
 mod process;
+mod records;
 pub mod spec;
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::FlockOperation;
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 pub use names::ClaimError;
@@ -335,66 +335,6 @@ impl SandboxDir {
         self.path.extension().is_some_and(|end| end == REMOVING)
     }
 
-    /// Writes a record by rename, so that it is never seen half written.
-    ///
-    /// # Errors
-    /// The directory cannot be written.
-    pub fn write_record(&self, name: &str, record: &impl Serialize) -> Result<(), StateError> {
-        self.replace_record(name, record, false)
-    }
-
-    /// The same, and it is there after a power failure too.
-    ///
-    /// # Errors
-    /// The directory cannot be written.
-    pub fn write_record_durably(
-        &self,
-        name: &str,
-        record: &impl Serialize,
-    ) -> Result<(), StateError> {
-        self.replace_record(name, record, true)?;
-        let synced = File::open(&self.path).and_then(|dir| dir.sync_all());
-        synced.map_err(io_error("write back", &self.path))
-    }
-
-    fn replace_record(
-        &self,
-        name: &str,
-        record: &impl Serialize,
-        durably: bool,
-    ) -> Result<(), StateError> {
-        let path = self.file(name);
-        let temporary = self.file(&format!("{name}.new"));
-        let mut text =
-            serde_json::to_vec_pretty(record).map_err(|source| StateError::Malformed {
-                path: path.clone(),
-                source,
-            })?;
-        text.push(b'\n');
-        let written = File::create(&temporary).and_then(|mut file| {
-            file.write_all(&text)?;
-            if durably { file.sync_all() } else { Ok(()) }
-        });
-        written.map_err(io_error("write", &temporary))?;
-        fs::rename(&temporary, &path).map_err(io_error("write", &path))
-    }
-
-    /// Reads a record; `None` if there is none.
-    ///
-    /// # Errors
-    /// It cannot be read, or is not such a record.
-    pub fn read_record<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StateError> {
-        let path = self.file(name);
-        let text = match fs::read(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(io_error("read", &path)(error)),
-        };
-        serde_json::from_slice(&text)
-            .map(Some)
-            .map_err(|source| StateError::Malformed { path, source })
-    }
-
     /// Who owns it, or why it is still there.
     ///
     /// # Errors
@@ -427,36 +367,6 @@ impl SandboxDir {
             .is_some_and(|age| age < GRACE)
     }
 
-    /// Takes away what belongs to an earlier run of its guest: sockets first, since a new VMM makes them,
-    /// the record of the end last.
-    ///
-    /// # Errors
-    /// Something cannot be removed.
-    pub fn forget_last_run(&self) -> Result<(), StateError> {
-        self.remove_cgroup();
-        let ready = format!("{VSOCK_SOCKET}_{}", belljar_protocol::READY_PORT);
-        let names = [
-            API_SOCKET,
-            VSOCK_SOCKET,
-            &ready,
-            CONSOLE_SOCKET,
-            CONTROL_SOCKET,
-            OWNER,
-            BOOT,
-            ENDED,
-        ];
-        for name in names {
-            let path = self.file(name);
-            match fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(io_error("remove", &path)(error));
-                }
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-
     /// Removes the directory and all in it. It loses its id first, so that what a crash leaves of it is
     /// known as half removed.
     ///
@@ -480,14 +390,6 @@ impl SandboxDir {
                 Err(io_error("remove", &doomed)(error))
             }
             _ => Ok(()),
-        }
-    }
-
-    /// A supervisor that was killed left it.
-    fn remove_cgroup(&self) {
-        let owner: Option<Owner> = self.read_record(OWNER).ok().flatten();
-        if let Some(cgroup) = owner.and_then(|owner| owner.cgroup) {
-            crate::cgroup::remove(&cgroup);
         }
     }
 
