@@ -12,8 +12,10 @@ use std::net::TcpListener;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use belljar_protocol::client::{CallError, ping, process, system};
-use belljar_protocol::v1::{self, r#await::What, error::Code, event::What as Happened};
+use belljar_protocol::client::{CallError, Connection, ping, process, system};
+use belljar_protocol::v1::{
+    self, r#await::What, error::Code, event::What as Happened, request::Call,
+};
 
 use common::{Agent, kill, sh, soon, wait_until};
 
@@ -370,6 +372,25 @@ fn programs_are_frozen_and_thawed() {
     }
     let frozen = size();
     assert!(agent.is_alive());
+    // A worker that takes the place of another knows it.
+    let worker = agent.worker_pid().unwrap();
+    kill(worker);
+    wait_until("another worker", || {
+        agent.worker_pid().is_some_and(|pid| pid != worker) && agent.is_alive()
+    });
+    let made = Connection::new(agent.connect()).call(
+        Call::MakeDirectory(v1::MakeDirectory {
+            path: folder
+                .path()
+                .join("new")
+                .into_os_string()
+                .into_encoded_bytes(),
+            ..v1::MakeDirectory::default()
+        }),
+        "make a directory",
+        soon(),
+    );
+    assert_eq!(code(made).0, Code::Conflict);
     thread::sleep(Duration::from_millis(100));
     assert_eq!(size(), frozen);
     // Nothing can be started: it would not run.

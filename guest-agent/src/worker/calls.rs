@@ -35,13 +35,18 @@ pub(super) fn answer(context: &Context, conn: &mut Conn, request: v1::Request) -
         Call::Events(call) => system::events(context, conn, call),
         Call::SetClock(call) => system::set_clock(context, call),
         Call::Reseed(call) => system::reseed(&call),
-        Call::Freeze(call) => system::freeze(context, call),
+        Call::Freeze(call) => system::freeze(context, conn, call),
         Call::Thaw(_) => system::thaw(context),
         Call::Sync(_) => system::sync(),
         Call::Await(call) => wait::wait(context, conn, call, request.deadline_ms),
         Call::Connect(call) => ports::connect(context, conn, call),
         Call::ListPorts(_) => ports::list(),
-        call if files::is_call(&call) => files::answer(context, conn, call),
+        call if files::is_call(&call) => {
+            let _change = files::changes(&call)
+                .then(system::quiet::change)
+                .transpose()?;
+            files::answer(context, conn, call)
+        }
         Call::Watch(call) => watch::watch(context, conn, &call),
         Call::Unwatch(call) => watch::unwatch(context, call),
         _ => Err(unknown().into()),

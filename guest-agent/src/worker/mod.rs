@@ -152,6 +152,7 @@ fn start() -> io::Result<Context> {
         rustix::net::RecvFlags::empty(),
     )?;
     let config = WorkerConfig::decode(bytes.get(..got).unwrap_or_default())?;
+    system::quiet::assume(&config.user_cgroup);
     Ok(Context::new(listener, Holder::new(control), config))
 }
 

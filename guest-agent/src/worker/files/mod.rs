@@ -41,6 +41,18 @@ pub(super) const fn is_call(call: &Call) -> bool {
     )
 }
 
+/// Whether a file call may change something on a drive.
+pub(super) const fn changes(call: &Call) -> bool {
+    !matches!(
+        call,
+        Call::Stat(_)
+            | Call::ListDirectory(_)
+            | Call::ReadFile(_)
+            | Call::StatFs(_)
+            | Call::ReadTree(_)
+    )
+}
+
 /// Carries out a file call, up to the end of its stream.
 pub(super) fn answer(context: &Context, conn: &mut Conn, call: Call) -> Answered {
     match call {

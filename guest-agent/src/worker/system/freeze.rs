@@ -1,12 +1,13 @@
 //! Stopping all programs, and the writable drive's file system with them.
 //!
 //! Whoever freezes for a snapshot needs to know that nothing moves: the answer comes when the kernel says
-//! so. While the file system is frozen the agent itself must not write to it, and does not: its own files
-//! are in memory. A worker that is replaced meanwhile changes nothing; the next one can thaw.
+//! so, and a freeze whose caller has gone is undone. While the file system is frozen the agent itself must
+//! not write to it: calls that change files are refused ([`super::quiet`]), and its own files are in
+//! memory. So a worker that is replaced meanwhile changes nothing; the next one can thaw.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::mpsc;
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, TryLockError, mpsc};
 use std::time::{Duration, Instant};
 
 use belljar_protocol::v1::{self, error::Code, event::What, reply::Result as Answer};
@@ -14,9 +15,9 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use super::super::conn::timespec;
+use super::super::conn::{Conn, timespec};
 use super::super::{Answered, Context, Failure, Outcome, procfs, refusal, system_error};
-use super::post;
+use super::{post, quiet};
 use crate::sys;
 use crate::wire::to_holder::Message as Asked;
 
@@ -26,39 +27,84 @@ const LIMIT: Duration = Duration::from_secs(5);
 /// Should the kernel not tell of the change, it is looked at this often.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// One at a time.
+/// Longer than anybody waits for a snapshot.
+const LONGEST: Duration = Duration::from_secs(60);
+
+/// One freeze at a time. A thaw waits for none.
 static TURN: Mutex<()> = Mutex::new(());
 
+/// Counts thaws: a freeze that is under way when one comes has failed.
+static THAWS: AtomicU64 = AtomicU64::new(0);
+
+/// A thread is still freezing the drive, though its caller may have given up.
+static FREEZER: AtomicBool = AtomicBool::new(false);
+
 /// Freezes; answers when all is stopped. What fails half-way is undone.
-pub(in super::super) fn freeze(context: &Context, call: v1::Freeze) -> Answered {
+pub(in super::super) fn freeze(context: &Context, conn: &mut Conn, call: v1::Freeze) -> Answered {
     let limit = match call.time_limit_ms {
         0 => LIMIT,
-        limit => Duration::from_millis(limit),
+        limit => Duration::from_millis(limit).min(LONGEST),
     };
-    let deadline = Instant::now().checked_add(limit);
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    context.holder.ask(Asked::Freeze(true))?;
-    let frozen = wait_frozen(&context.config.user_cgroup, deadline).and_then(|()| {
-        if call.file_systems {
-            freeze_disk(context, deadline)
-        } else {
-            Ok(())
+    let _turn = match TURN.try_lock() {
+        Ok(turn) => turn,
+        Err(TryLockError::Poisoned(turn)) => turn.into_inner(),
+        Err(TryLockError::WouldBlock) => {
+            return Err(refusal(Code::Busy, "somebody else is freezing the guest").into());
         }
-    });
+    };
+    let waiting = Waiting {
+        deadline: Instant::now().checked_add(limit),
+        thaws: THAWS.load(Ordering::Acquire),
+    };
+    context.holder.ask(Asked::Freeze(true))?;
+    let frozen = wait_frozen(&context.config.user_cgroup, conn, &waiting)
+        .and_then(|()| {
+            if call.file_systems {
+                quiet::begin(waiting.deadline)?;
+                freeze_disk(context, waiting.deadline)
+            } else {
+                Ok(())
+            }
+        })
+        .and_then(|()| waiting.not_thawed());
     if let Err(error) = frozen {
         undo(context)?;
         return Err(error.into());
     }
+    if let Err(error) = conn.send(&context.head(Answer::Freeze(v1::Frozen {}))) {
+        // Nobody knows of it, so nobody would thaw.
+        undo(context)?;
+        return Err(error.into());
+    }
     post(context, What::Frozen(v1::Frozen {}));
-    Ok(Outcome::Reply(Answer::Freeze(v1::Frozen {})))
+    Ok(Outcome::Streamed)
 }
 
 /// Undoes a freeze; nothing frozen is no error.
 pub(in super::super) fn thaw(context: &Context) -> Answered {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    THAWS.fetch_add(1, Ordering::AcqRel);
     undo(context)?;
     post(context, What::Thawed(v1::Thawed {}));
     Ok(Outcome::Reply(Answer::Thaw(v1::Thawed {})))
+}
+
+/// What bounds a freeze that is under way.
+struct Waiting {
+    deadline: Option<Instant>,
+    /// [`THAWS`] at its begin.
+    thaws: u64,
+}
+
+impl Waiting {
+    fn not_thawed(&self) -> Result<(), v1::Error> {
+        if THAWS.load(Ordering::Acquire) == self.thaws {
+            return Ok(());
+        }
+        Err(refusal(
+            Code::Conflict,
+            "somebody has thawed the guest meanwhile",
+        ))
+    }
 }
 
 fn undo(context: &Context) -> Result<(), Failure> {
@@ -68,12 +114,13 @@ fn undo(context: &Context) -> Result<(), Failure> {
         Ok(None) => Ok(()),
         Err(error) => Err(error),
     };
+    quiet::end();
     context.holder.ask(Asked::Freeze(false))?;
     Ok(thawed?)
 }
 
 /// Waits until the kernel says that all programs are stopped.
-fn wait_frozen(cgroup: &str, deadline: Option<Instant>) -> Result<(), v1::Error> {
+fn wait_frozen(cgroup: &str, host: &Conn, waiting: &Waiting) -> Result<(), v1::Error> {
     let path = format!("{cgroup}/cgroup.events");
     let failed = |errno| system_error(format_args!("reading {path}"), errno);
     let events = procfs::open(&path).map_err(failed)?;
@@ -84,15 +131,27 @@ fn wait_frozen(cgroup: &str, deadline: Option<Instant>) -> Result<(), v1::Error>
         if is_frozen(text.get(..got).unwrap_or_default()) {
             return Ok(());
         }
-        let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+        waiting.not_thawed()?;
+        let left = waiting
+            .deadline
+            .map(|at| at.saturating_duration_since(Instant::now()));
         if left.is_some_and(|left| left.is_zero()) {
             let message = "not all programs have stopped in time; they go on";
             return Err(refusal(Code::Deadline, message));
         }
         let time = left.map_or(LOOK, |left| left.min(LOOK));
-        let mut set = [PollFd::new(&events, PollFlags::PRI)];
+        let mut set = [
+            PollFd::new(&events, PollFlags::PRI),
+            PollFd::new(host, PollFlags::RDHUP),
+        ];
         match poll(&mut set, Some(&timespec(time))) {
-            Ok(_) | Err(Errno::INTR) => {}
+            Ok(_) => {
+                let [_, host] = &set;
+                if !host.revents().is_empty() {
+                    return Err(refusal(Code::Deadline, "the host has hung up"));
+                }
+            }
+            Err(Errno::INTR) => {}
             Err(errno) => return Err(failed(errno)),
         }
     }
@@ -112,15 +171,24 @@ fn freeze_disk(context: &Context, deadline: Option<Instant>) -> Result<(), v1::E
     };
     let own = rustix::io::fcntl_dupfd_cloexec(&disk, 0).map_err(failed_to_open)?;
     let (sender, receiver) = mpsc::channel();
+    if FREEZER.swap(true, Ordering::AcqRel) {
+        return Err(refusal(
+            Code::Busy,
+            "an earlier freeze is still writing out the drive",
+        ));
+    }
     // Writing out may take longer than the caller wants to wait.
     let made = std::thread::Builder::new().spawn(move || {
         rustix::fs::sync();
         let frozen = sys::freeze_file_system(own.as_fd());
-        if sender.send(frozen).is_err() {
+        let is_ours = frozen.is_ok();
+        if sender.send(frozen).is_err() && is_ours {
             let _ = sys::thaw_file_system(own.as_fd());
         }
+        FREEZER.store(false, Ordering::Release);
     });
     if let Err(error) = made {
+        FREEZER.store(false, Ordering::Release);
         return Err(refusal(
             Code::Busy,
             format!("no thread to freeze with: {error}"),

@@ -2,6 +2,7 @@
 
 mod freeze;
 mod metrics;
+pub(super) mod quiet;
 
 use belljar_protocol::v1::{self, error::Code, event::What, reply::Result as Answer};
 use rustix::fs::{Mode, OFlags};
