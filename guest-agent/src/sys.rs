@@ -135,10 +135,15 @@ pub(crate) fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Keeps the C library from giving each thread a heap of its own.
+/// Keeps the C library from giving each thread a heap of its own, and has it map the buffers of transfers
+/// one by one: so they go back to the system when a call ends. By itself it would stop to do so after the
+/// first one.
 pub(crate) fn share_one_heap() {
-    // SAFETY: a plain call with numbers only.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    // SAFETY: plain calls with numbers only.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
+    }
 }
 
 /// Replaces this process by its own program, `/proc/self/exe`. Returns only on failure.

@@ -207,7 +207,7 @@ fn another_user_packs_and_unpacks_what_they_may() {
     assert_eq!(end.problems_total, 2, "{:?}", end.problems);
     assert!(end.problems.iter().all(|problem| problem.errno == 13));
     assert!(
-        end.problems[0].message.contains("from/"),
+        end.problems[0].message.contains("/from/secret:"),
         "{:?}",
         end.problems
     );

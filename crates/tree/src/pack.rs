@@ -166,15 +166,21 @@ impl<S: Sink> Packer<'_, S> {
         self.sink.put(&self.header).map_err(PackError::Sink)
     }
 
+    /// Paths of problems begin at the root of the tree, whatever it is called in the stream.
+    fn problem(&mut self, doing: &'static str, path: Vec<u8>, errno: Errno) {
+        let name = &self.options.name;
+        let below = path.strip_prefix(name.as_slice()).unwrap_or(&path);
+        let below = below.strip_prefix(b"/").unwrap_or(below).to_vec();
+        self.report.problems.add(doing, below, errno);
+    }
+
     fn xattrs(&mut self, path: &[u8], file: BorrowedFd<'_>) -> Vec<(CString, Vec<u8>)> {
         if !self.options.xattrs {
             return Vec::new();
         }
         attributes::of_file(file).unwrap_or_else(|errno| {
             let path = path.to_vec();
-            self.report
-                .problems
-                .add("read the attributes of", path, errno);
+            self.problem("read the attributes of", path, errno);
             Vec::new()
         })
     }
@@ -206,7 +212,7 @@ impl<S: Sink> Packer<'_, S> {
             // A socket means nothing elsewhere; the rest changed its type meanwhile.
             _ => {
                 let errno = Errno::OPNOTSUPP;
-                self.report.problems.add("pack", path, errno);
+                self.problem("pack", path, errno);
                 return Ok(());
             }
         };
@@ -215,7 +221,7 @@ impl<S: Sink> Packer<'_, S> {
             Kind::Symlink => match readlinkat(folder, name, Vec::new()) {
                 Ok(target) => entry.link = target.into_bytes(),
                 Err(errno) => {
-                    self.report.problems.add("read", entry.path, errno);
+                    self.problem("read", entry.path, errno);
                     return Ok(());
                 }
             },
@@ -297,9 +303,7 @@ impl<S: Sink> Packer<'_, S> {
                 }
                 ended => {
                     let errno = ended.err().unwrap_or(Errno::NODATA);
-                    self.report
-                        .problems
-                        .add("read to its end", path.to_vec(), errno);
+                    self.problem("read to its end", path.to_vec(), errno);
                     return self.zeros(end - at);
                 }
             }
@@ -362,7 +366,7 @@ impl<S: Sink> Visitor for Packer<'_, S> {
             return match statat(here, name, AtFlags::SYMLINK_NOFOLLOW) {
                 Ok(stat) => self.node(path, &stat, here, name),
                 Err(errno) => {
-                    self.report.problems.add("read", path, errno);
+                    self.problem("read", path, errno);
                     Ok(())
                 }
             };
@@ -380,11 +384,11 @@ impl<S: Sink> Visitor for Packer<'_, S> {
             }
             // It changed its type meanwhile.
             Ok(_) => {
-                self.report.problems.add("read", path, Errno::STALE);
+                self.problem("read", path, Errno::STALE);
                 Ok(())
             }
             Err(errno) => {
-                self.report.problems.add("read", path, errno);
+                self.problem("read", path, errno);
                 Ok(())
             }
         }
@@ -396,11 +400,11 @@ impl<S: Sink> Visitor for Packer<'_, S> {
         let stat = match statat(here, name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::Directory => stat,
             Ok(_) => {
-                self.report.problems.add("read", path, Errno::STALE);
+                self.problem("read", path, Errno::STALE);
                 return Ok(false);
             }
             Err(errno) => {
-                self.report.problems.add("read", path, errno);
+                self.problem("read", path, errno);
                 return Ok(false);
             }
         };
@@ -418,10 +422,9 @@ impl<S: Sink> Visitor for Packer<'_, S> {
         Ok(())
     }
 
-    fn failed(&mut self, mut error: TreeError) -> Result<(), Self::Error> {
+    fn failed(&mut self, error: TreeError) -> Result<(), Self::Error> {
         // Another file system is not part of the tree.
         if error.errno != Errno::XDEV {
-            error.path = join(&self.options.name, &error.path);
             self.report.problems.note(error);
         }
         Ok(())
