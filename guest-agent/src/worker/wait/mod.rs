@@ -50,6 +50,9 @@ pub(super) fn wait(
     Ok(Outcome::Reply(Answer::Await(awaited?)))
 }
 
+/// No attempt is begun so short before the deadline.
+const LAST_ATTEMPT: Duration = Duration::from_millis(5);
+
 /// What every wait has.
 struct Waiting<'a> {
     host: BorrowedFd<'a>,
@@ -129,19 +132,28 @@ impl Waiting<'_> {
         if wanted.is_empty() {
             return Err(refusal(Code::Invalid, "status_from: above status_to").into());
         }
+        let mut state = String::new();
         loop {
-            let state = match self.ask(port, &request)? {
-                Ok(status) if wanted.contains(&status) => {
-                    return Ok(v1::Awaited {
-                        status,
-                        ..v1::Awaited::default()
-                    });
-                }
-                Ok(status) => format!("port {port} answers with status {status}"),
-                Err(state) => state,
-            };
+            if state.is_empty() || !self.is_almost_over() {
+                state = match self.ask(port, &request)? {
+                    Ok(status) if wanted.contains(&status) => {
+                        return Ok(v1::Awaited {
+                            status,
+                            ..v1::Awaited::default()
+                        });
+                    }
+                    Ok(status) => format!("port {port} answers with status {status}"),
+                    Err(state) => state,
+                };
+            }
             self.pause(&[], Some(PAUSE), &state)?;
         }
+    }
+
+    /// An attempt that the deadline cuts off would only hide why the one before failed.
+    fn is_almost_over(&self) -> bool {
+        self.deadline
+            .is_some_and(|at| at.saturating_duration_since(Instant::now()) < LAST_ATTEMPT)
     }
 
     /// One request. `Ok(Err)`: why there is no status.
