@@ -65,7 +65,7 @@ impl Conn {
         }
     }
 
-    /// True if bytes were read that no message has been made of yet: ask [`Self::try_receive`] before
+    /// True if bytes were read that no message has been made of yet: ask [`Self::buffered_frame`] before
     /// waiting for the socket.
     pub(crate) const fn has_unread(&self) -> bool {
         self.unread.start < self.unread.end
@@ -93,18 +93,6 @@ impl Conn {
                 };
             }
         }
-    }
-
-    /// A message that is here already, after one read from a socket known to be readable (or none, if
-    /// bytes are left from before). `Ok(None)`: not yet a whole one. `Err(HungUp)`: nor ever.
-    pub(crate) fn try_receive<M: Message + Default>(&mut self) -> Result<Option<M>, ConnError> {
-        if let Some(message) = self.decode()? {
-            return Ok(Some(message));
-        }
-        if !self.fill()? {
-            return Err(ConnError::HungUp);
-        }
-        self.decode()
     }
 
     /// A frame out of the bytes that are here already.
@@ -184,17 +172,6 @@ impl Conn {
             }
         }
         send_all(self.fd.as_fd(), &self.out)
-    }
-
-    /// Sends bytes as the single `bytes` field `field` of as many messages as it takes.
-    pub(crate) fn send_chunks(&mut self, field: u32, mut data: &[u8]) -> Result<(), ConnError> {
-        while !data.is_empty() {
-            self.out.clear();
-            let taken = frame::encode_chunk(field, data, &mut self.out);
-            data = data.get(taken..).unwrap_or_default();
-            send_all(self.fd.as_fd(), &self.out)?;
-        }
-        Ok(())
     }
 
     /// Bytes that are here, after a read if there are none; empty at the end of the stream. They stay

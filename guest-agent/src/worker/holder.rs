@@ -64,7 +64,7 @@ pub(crate) enum Piece {
     /// All that is kept at the moment is read.
     CaughtUp,
     /// The last one: the process has ended.
-    End(v1::End),
+    End,
     /// The last one: all that was kept is read, and nothing more was asked for.
     Detached,
 }
@@ -374,9 +374,9 @@ impl Reader {
                 Some(Piece::Gap(gap))
             }
             Output::CaughtUp(_) => Some(Piece::CaughtUp),
-            Output::End(end) => {
+            Output::End(_) => {
                 self.is_over = true;
-                Some(Piece::End(end))
+                Some(Piece::End)
             }
             Output::Detached(_) => {
                 self.is_over = true;

@@ -57,7 +57,7 @@ pub(super) fn screen(context: &Context, call: v1::GetScreen) -> Answered {
                 end = gap.to;
             }
             Piece::CaughtUp => {}
-            Piece::End(_) | Piece::Detached => break,
+            Piece::End | Piece::Detached => break,
         }
     }
     let wanted = Wanted {

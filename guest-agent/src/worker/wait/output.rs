@@ -74,7 +74,7 @@ pub(super) fn wait(
                 };
                 search.skip();
             }
-            Some(Piece::End(_) | Piece::Detached) => {
+            Some(Piece::End | Piece::Detached) => {
                 return Ok(v1::Awaited {
                     ended_without: true,
                     ..v1::Awaited::default()
