@@ -1,6 +1,7 @@
 //! `belljar watch`.
 
 use std::ffi::OsString;
+use std::io::IsTerminal;
 use std::os::unix::ffi::OsStrExt;
 use std::time::Duration;
 
@@ -85,6 +86,10 @@ fn follow(args: &Args) -> Result<u8, Failure> {
         Some(cursor) => Watcher::resume(found, spec, cursor)?,
         None => Watcher::start(found, spec)?,
     };
+    if std::io::stderr().is_terminal() {
+        let count = watcher.directories();
+        report::print(&format!("Watching {count} directories; Ctrl-C ends.\n"));
+    }
     while let Some(event) = watcher.next_event()? {
         let text = if args.json {
             format!("{}\n", document(&event, watcher.cursor().id))
