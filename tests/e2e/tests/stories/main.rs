@@ -12,6 +12,8 @@ mod endurance;
 mod failures;
 mod files;
 mod lifecycle;
+mod processes;
 mod run;
 mod system;
+mod terminals;
 mod watch_ports;
