@@ -25,8 +25,10 @@ use crate::sys::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP, SIGWINCH, S
 
 /// Output held for a reader that is slow. Above it nothing more is read from the guest.
 const HELD_MAX: usize = 256 * 1024;
-/// Bytes asked for in one read of the connection.
+/// Bytes asked for in one read of the connection, from the time on when so many come.
 const READ_SIZE: usize = 128 * 1024;
+/// Before: most commands say little, and fresh memory is not free.
+const FIRST_READ: usize = 8 * 1024;
 /// Time for the agent to answer once a limit it enforces has passed.
 const AGENT_PATIENCE: Duration = Duration::from_secs(3);
 /// A process has to be started, or found, within this time.
@@ -150,6 +152,7 @@ pub fn run(
         detach_by: None,
         waiting_told: false,
         buffer: Vec::new(),
+        was_full: false,
         outcome: None,
         slow_at: Some(begin + SLOW),
     };
@@ -202,6 +205,8 @@ struct Pump<'a, 'n> {
     detach_by: Option<Instant>,
     waiting_told: bool,
     buffer: Vec<u8>,
+    /// The last read filled it.
+    was_full: bool,
     /// Known, and told when all output has been passed on.
     outcome: Option<Outcome>,
     /// Until it was told, or the first answer has come.
@@ -439,10 +444,14 @@ impl Pump<'_, '_> {
         let Some(stdin) = self.stdin else {
             return;
         };
-        self.buffer.resize(READ_SIZE, 0);
-        let window = self.buffer.get_mut(..MAX_CHUNK).unwrap_or_default();
+        grow(&mut self.buffer, self.was_full);
+        let limit = self.buffer.len().min(MAX_CHUNK);
+        let window = self.buffer.get_mut(..limit).unwrap_or_default();
         match rustix::io::read(stdin, window) {
-            Ok(count) if count > 0 => self.typed(count),
+            Ok(count) if count > 0 => {
+                self.was_full = count == limit;
+                self.typed(count);
+            }
             Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
             // An input that cannot be read is at its end.
             Ok(_) | Err(_) => {
@@ -484,13 +493,14 @@ impl Pump<'_, '_> {
         let Some(stream) = &mut self.stream else {
             return Ok(());
         };
-        self.buffer.resize(READ_SIZE, 0);
+        grow(&mut self.buffer, self.was_full);
         let count = match stream.read(&mut self.buffer) {
             Ok(0) => return self.cut("the guest closed the connection"),
             Ok(count) => count,
             Err(error) if is_passing(&error) => return Ok(()),
             Err(error) => return self.cut(&error.to_string()),
         };
+        self.was_full = count == self.buffer.len();
         let step = self.take(count)?;
         // Most output is short and its reader waits: saves a round through poll.
         self.stdout.write_at_once()?;
@@ -546,6 +556,14 @@ impl Pump<'_, '_> {
             }
         }
         Ok(step)
+    }
+}
+
+/// Makes room for a read.
+fn grow(buffer: &mut Vec<u8>, was_full: bool) {
+    let wanted = if was_full { READ_SIZE } else { FIRST_READ };
+    if buffer.len() < wanted {
+        buffer.resize(wanted, 0);
     }
 }
 
