@@ -12,7 +12,7 @@ use belljar_node::process::session::Channel;
 use belljar_node::process::terminal::{self, RawTerminal};
 use belljar_node::process::{
     self, DetachKeys, Dial, ExecSpec, Io, Notice, OnInterrupt, Outcome, Patience, SIGNALS, Session,
-    SessionError, TERMINAL_SIGNALS, given_name,
+    SessionError, TERMINAL_SIGNALS,
 };
 use belljar_node::registry::{ConnectError, Found, State};
 use belljar_node::sys::SignalFd;
@@ -142,7 +142,7 @@ pub(crate) struct Ends {
     pub(crate) give_up: bool,
     /// Nothing that is typed reaches the process.
     pub(crate) watch_only: bool,
-    /// The process, for messages.
+    /// What 'belljar attach' finds the process by, but for its id if that is told later.
     pub(crate) called: String,
     /// Nothing is said about beginning and end.
     pub(crate) quiet: bool,
@@ -186,7 +186,15 @@ impl Ends {
         let (stdin, stdout, stderr) = (stdin(), stdout(), stderr());
         let raw = self.is_raw();
         let keys = self.detach_keys.unwrap_or_default();
-        let mut notice = |notice: Notice<'_>| tell(&notice, raw, self.quiet);
+        let mut id = None;
+        let mut notice = |notice: Notice<'_>| {
+            match &notice {
+                Notice::Started(started) => id = Some(started.id),
+                Notice::Attached(info) => id = Some(info.id),
+                _ => {}
+            }
+            tell(&notice, raw, self.quiet);
+        };
         let mut io = Io::new(stdout.as_fd(), stderr.as_fd(), &mut notice);
         io.stdin = self.stdin.then(|| stdin.as_fd());
         io.signals = Some(signals);
@@ -203,7 +211,11 @@ impl Ends {
         io.first = first;
         let outcome = process::run(session, dial, io, Patience::default());
         if raw && !self.quiet && matches!(outcome, Ok(Outcome::Detached)) {
-            report::print(&format!("\r\ndetached from {}\n", self.called));
+            let id = id.map(|id| id.to_string()).unwrap_or_default();
+            report::print(&format!(
+                "\ndetached; to come back: belljar attach {} {id}\n",
+                self.called
+            ));
         }
         outcome
     }
@@ -312,14 +324,6 @@ pub(crate) fn failure(error: &SessionError) -> Failure {
 /// The exit status of a process that ended.
 pub(crate) fn status_of_end(end: &v1::End) -> u8 {
     end.how.as_ref().map_or(OURS, process::exit_status)
-}
-
-/// The name of a process, or its id.
-pub(crate) fn called(info: &v1::ProcessInfo) -> String {
-    match given_name(info) {
-        "" => info.id.to_string(),
-        name => name.to_owned(),
-    }
 }
 
 #[cfg(test)]

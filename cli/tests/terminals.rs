@@ -125,6 +125,26 @@ fn a_watcher_leaves_by_ctrl_c_or_the_keys_and_harms_nobody() {
 }
 
 #[test]
+fn a_screen_is_drawn_and_goes_on() {
+    let sandbox = Sandbox::start();
+    let mut terminal = shell(&sandbox);
+    terminal.type_in(b"printf '\\033[2J\\033[5;7Hin the mid''dle\\033[9;1H'\r");
+    terminal.wait_for("in the middle");
+    terminal.type_in(b"\x10\x11");
+    assert_eq!(terminal.wait(), 0);
+    let id = text(&sandbox.says(&["ps", "-q", ID]).stdout)
+        .trim()
+        .to_owned();
+    let mut again = Terminal::start(&sandbox.belljar(&["attach", ID, &id]), 80, 24);
+    again.wait_for("in the middle");
+    again.type_in(b"echo g''oes on\r");
+    again.wait_for("goes on\r\n");
+    assert_eq!(again.shown().matches("in the middle").count(), 1);
+    again.type_in(b"exit 9\r");
+    assert_eq!(again.wait(), 9);
+}
+
+#[test]
 fn other_keys_to_leave_and_none() {
     let sandbox = Sandbox::start();
     let start = |keys: &str| {

@@ -74,7 +74,7 @@ fn connect(args: &Args) -> Result<u8, Failure> {
         detach_keys: args.leaving.detach_keys.clone(),
         give_up: args.read_only,
         watch_only: args.read_only,
-        called: session::called(&info),
+        called: args.sandbox.sandbox.clone(),
         ..Ends::default()
     };
     let signals = ends.signals()?;

@@ -143,8 +143,7 @@ fn boot_and_exec(options: &Args, stages: &mut Stages) -> Result<u8, Failure> {
         Ok(outcome) => outcome,
     };
     if outcome == Outcome::Detached {
-        let dir = sandbox.release()?;
-        report::print(&format!("the guest runs on: belljar attach {}\n", dir.id()));
+        sandbox.release()?;
         return Ok(0);
     }
     session::comment(&outcome);
@@ -188,7 +187,7 @@ fn exec_in(sandbox: &Sandbox, options: &Args) -> Result<Outcome, Failure> {
     options.terminal.apply(&mut spec);
     let mut ends = Ends::of(&options.terminal, &spec);
     MAIN.clone_into(&mut spec.name);
-    MAIN.clone_into(&mut ends.called);
+    sandbox.id().clone_into(&mut ends.called);
     if options.detach {
         spec.detached = true;
         ends = Ends {
