@@ -167,9 +167,9 @@ impl<S: Sink> Packer<'_, S> {
     }
 
     /// Paths of problems begin at the root of the tree, whatever it is called in the stream.
-    fn problem(&mut self, doing: &'static str, path: Vec<u8>, errno: Errno) {
+    fn problem(&mut self, doing: &'static str, path: &[u8], errno: Errno) {
         let name = &self.options.name;
-        let below = path.strip_prefix(name.as_slice()).unwrap_or(&path);
+        let below = path.strip_prefix(name.as_slice()).unwrap_or(path);
         let below = below.strip_prefix(b"/").unwrap_or(below).to_vec();
         self.report.problems.add(doing, below, errno);
     }
@@ -179,7 +179,6 @@ impl<S: Sink> Packer<'_, S> {
             return Vec::new();
         }
         attributes::of_file(file).unwrap_or_else(|errno| {
-            let path = path.to_vec();
             self.problem("read the attributes of", path, errno);
             Vec::new()
         })
@@ -212,7 +211,7 @@ impl<S: Sink> Packer<'_, S> {
             // A socket means nothing elsewhere; the rest changed its type meanwhile.
             _ => {
                 let errno = Errno::OPNOTSUPP;
-                self.problem("pack", path, errno);
+                self.problem("pack", &path, errno);
                 return Ok(());
             }
         };
@@ -221,7 +220,7 @@ impl<S: Sink> Packer<'_, S> {
             Kind::Symlink => match readlinkat(folder, name, Vec::new()) {
                 Ok(target) => entry.link = target.into_bytes(),
                 Err(errno) => {
-                    self.problem("read", entry.path, errno);
+                    self.problem("read", &entry.path, errno);
                     return Ok(());
                 }
             },
@@ -303,7 +302,7 @@ impl<S: Sink> Packer<'_, S> {
                 }
                 ended => {
                     let errno = ended.err().unwrap_or(Errno::NODATA);
-                    self.problem("read to its end", path.to_vec(), errno);
+                    self.problem("read to its end", path, errno);
                     return self.zeros(end - at);
                 }
             }
@@ -366,7 +365,7 @@ impl<S: Sink> Visitor for Packer<'_, S> {
             return match statat(here, name, AtFlags::SYMLINK_NOFOLLOW) {
                 Ok(stat) => self.node(path, &stat, here, name),
                 Err(errno) => {
-                    self.problem("read", path, errno);
+                    self.problem("read", &path, errno);
                     Ok(())
                 }
             };
@@ -384,11 +383,11 @@ impl<S: Sink> Visitor for Packer<'_, S> {
             }
             // It changed its type meanwhile.
             Ok(_) => {
-                self.problem("read", path, Errno::STALE);
+                self.problem("read", &path, Errno::STALE);
                 Ok(())
             }
             Err(errno) => {
-                self.problem("read", path, errno);
+                self.problem("read", &path, errno);
                 Ok(())
             }
         }
@@ -400,11 +399,11 @@ impl<S: Sink> Visitor for Packer<'_, S> {
         let stat = match statat(here, name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::Directory => stat,
             Ok(_) => {
-                self.problem("read", path, Errno::STALE);
+                self.problem("read", &path, Errno::STALE);
                 return Ok(false);
             }
             Err(errno) => {
-                self.problem("read", path, errno);
+                self.problem("read", &path, errno);
                 return Ok(false);
             }
         };
