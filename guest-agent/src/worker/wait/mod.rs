@@ -20,6 +20,9 @@ use super::{Answered, Context, Failure, Outcome, refusal};
 /// Between two looks: with the time a look takes, and a busy CPU, less than 5 ms.
 const PAUSE: Duration = Duration::from_millis(2);
 
+/// A look that takes long leaves the guest most of the time.
+const LONGEST_PAUSE: Duration = Duration::from_millis(50);
+
 /// How long a server may take to answer before it is asked again.
 const ANSWER_TIME: Duration = Duration::from_secs(10);
 
@@ -96,10 +99,15 @@ impl Waiting<'_> {
     fn port(&mut self, port: u32) -> Result<v1::Awaited, Failure> {
         let port = checked_port(port)?;
         loop {
+            let begin = Instant::now();
             if ports::listening()?.iter().any(|socket| socket.port == port) {
                 return Ok(v1::Awaited::default());
             }
-            self.pause(&[], Some(PAUSE), &format!("nothing listens on port {port}"))?;
+            self.pause(
+                &[],
+                Some(pause_after(begin)),
+                &format!("nothing listens on port {port}"),
+            )?;
         }
     }
 
@@ -110,11 +118,12 @@ impl Waiting<'_> {
         }
         let absolute = [b"/", path.strip_prefix(b"/").unwrap_or(path)].concat();
         loop {
+            let begin = Instant::now();
             match rustix::fs::stat(absolute.as_slice()) {
                 Ok(_) => return Ok(v1::Awaited::default()),
                 Err(errno) => {
                     let state = format!("{}: {errno}", String::from_utf8_lossy(&absolute));
-                    self.pause(&[], Some(PAUSE), &state)?;
+                    self.pause(&[], Some(pause_after(begin)), &state)?;
                 }
             }
         }
@@ -134,6 +143,7 @@ impl Waiting<'_> {
         }
         let mut state = String::new();
         loop {
+            let begin = Instant::now();
             if state.is_empty() || !self.is_almost_over() {
                 state = match self.ask(port, &request)? {
                     Ok(status) if wanted.contains(&status) => {
@@ -146,7 +156,7 @@ impl Waiting<'_> {
                     Err(state) => state,
                 };
             }
-            self.pause(&[], Some(PAUSE), &state)?;
+            self.pause(&[], Some(pause_after(begin)), &state)?;
         }
     }
 
@@ -216,6 +226,14 @@ impl Waiting<'_> {
         let ready = self.pause(&[(fd.as_fd(), flags)], left, "no answer yet")?;
         Ok(ready != 0 || left.is_none_or(|left| !left.is_zero()))
     }
+}
+
+/// Twice the time of the look that began then, within limits.
+fn pause_after(begin: Instant) -> Duration {
+    begin
+        .elapsed()
+        .saturating_mul(2)
+        .clamp(PAUSE, LONGEST_PAUSE)
 }
 
 fn checked_port(port: u32) -> Result<u16, v1::Error> {

@@ -14,7 +14,7 @@ import socket\n%\ns.listen()\nwhile True:\n c, _ = s.accept()\n got = b''\n \
 while data := c.recv(65536): got += data\n c.sendall(b'got %d bytes' % len(got))\n c.close()\n";
 
 /// Files that a watch has to tell of.
-const FILES: usize = 20_000;
+const FILES: usize = 5_000;
 
 /// Starts a program in the guest that goes on by itself.
 fn background(sandbox: &Sandbox<'_>, name: &str, words: &[&str]) {
