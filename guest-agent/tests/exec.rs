@@ -518,3 +518,42 @@ fn shutdown_ends_programs_and_then_the_agent() {
     );
     assert!(agent.wait().success());
 }
+
+#[test]
+fn a_shutdown_gives_time_to_what_runs_outside_of_all_groups_too() {
+    let mut agent = Agent::start();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("done");
+    let script = format!(
+        "setsid sh -c 'exec >/dev/null 2>&1; sleep 0.7; touch {}' & exit 0",
+        file.display()
+    );
+    assert_eq!(agent.run(sh(&script)).2, exited(0));
+    let mode = v1::shutdown::Mode::PowerOff;
+    belljar_protocol::client::shutdown(agent.connect(), mode, Some(common::PATIENCE), soon())
+        .unwrap();
+    agent.wait();
+    assert!(file.exists());
+}
+
+#[test]
+fn no_program_gets_the_cgroup_of_another() {
+    let Some(agent) = Agent::start_with_cgroups() else {
+        return;
+    };
+    let own = "sed -n 's/^0:://p' /proc/self/cgroup";
+    let mut seen = std::collections::BTreeSet::new();
+    for _ in 0..6 {
+        let (stdout, _, end) = agent.run(sh(own));
+        assert_eq!(end, exited(0));
+        let path = String::from_utf8(stdout).unwrap();
+        assert!(path.contains("/user/"), "{path:?}");
+        assert!(seen.insert(path), "{seen:?}");
+    }
+    // Of those that are over none is left, and some are ready.
+    let user = agent.cgroup().unwrap().join("user");
+    common::wait_until("the old ones are removed", || {
+        let folders = std::fs::read_dir(&user).unwrap().flatten();
+        folders.filter(|entry| entry.path().is_dir()).count() <= 2
+    });
+}

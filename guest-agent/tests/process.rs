@@ -507,3 +507,16 @@ fn limits_hold() {
         assert_eq!(refused(&agent, Call::Exec(exec)), v1::error::Code::Invalid);
     }
 }
+
+#[test]
+fn a_small_ring_does_not_stop_a_program_of_few_words() {
+    let agent = Agent::start();
+    let script = "i=0; while [ $i -lt 2000 ]; do echo 0123456789; i=$((i+1)); done";
+    let exec = v1::Exec {
+        ring_bytes: 4096,
+        owner_key: b"key".to_vec(),
+        ..sh(script)
+    };
+    let (stdout, _, end) = agent.run(exec);
+    assert_eq!((stdout.len(), end), (22_000, exited(0)));
+}

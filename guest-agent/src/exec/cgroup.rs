@@ -1,8 +1,10 @@
 //! A cgroup (version 2) for every program: what it starts cannot leave it, so killing it leaves no
 //! descendant, and the kernel says there when it ran out of memory.
 //!
-//! Making a cgroup takes longer than starting a program, so an empty one is kept ready and used
-//! again; making and removing happen while the agent is idle.
+//! Making a cgroup takes longer than starting a program, so some are kept ready; making and removing
+//! happen while the agent is idle. None is used twice: a program that may write to its cgroup (frozen,
+//! threaded, with children or limits of its own) must not hand that on to the next one, and once
+//! `cgroup.kill` was written, Linux (seen on 6.18) kills everything that `clone3` starts in it, too.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -10,13 +12,13 @@ use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use belljar_protocol::v1::{Limits, Usage};
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, inotify};
 use rustix::io::Errno;
 
 /// Holds the cgroups of all programs, so that they can be frozen together.
 const USER: &str = "user";
 
-/// Empty cgroups kept for the next programs.
+/// Fresh cgroups kept for the next programs.
 const KEPT: usize = 2;
 
 /// Cgroups with survivors that are looked at in one go.
@@ -33,16 +35,8 @@ const SIGNAL_ROUNDS: usize = 8;
 pub(crate) struct Leaf {
     number: u64,
     folder: OwnedFd,
-    /// Count of out-of-memory kills when the program was started in it.
-    oom_kills: u64,
-    /// CPU time used in it before.
-    cpu_us: u64,
-    /// `memory.peak`, begun anew: of a cgroup that was used before.
-    peak: Option<OwnedFd>,
-    is_used: bool,
-    /// It has limits, or was killed once: Linux (seen on 6.18) then kills everything that `clone3`
-    /// starts in it, too. So it is not used again.
-    used_up: Cell<bool>,
+    /// Out-of-memory kills in it that were told of.
+    told_oom_kills: Cell<u64>,
 }
 
 impl Leaf {
@@ -53,13 +47,11 @@ impl Leaf {
 
     /// SIGKILL to everything in it.
     pub(crate) fn kill(&self) -> io::Result<()> {
-        self.used_up.set(true);
         write(&self.folder, "cgroup.kill", "1")
     }
 
-    /// Sets limits for the program that is to be started in it. It is not used again after that.
+    /// Sets limits for the program that is to be started in it.
     pub(crate) fn limit(&self, limits: &Limits) -> io::Result<()> {
-        self.used_up.set(true);
         if limits.memory != 0 {
             write(&self.folder, "memory.max", &limits.memory.to_string())?;
             // Out of memory is to come at the limit, not at the limit and as much swap.
@@ -108,25 +100,26 @@ impl Leaf {
         signalled.len()
     }
 
-    /// CPU time of all that ever ran in it since the program was started, and memory. 0: not known.
+    /// CPU time of all that ever ran in it, and memory. 0: not known.
     pub(crate) fn usage(&self) -> Usage {
         let read = |name| read_number(&self.folder, name).unwrap_or(0);
         Usage {
-            cpu_us: cpu_us(&self.folder).saturating_sub(self.cpu_us),
+            cpu_us: read_key(&self.folder, "cpu.stat", "usage_usec").unwrap_or(0),
             memory: read("memory.current"),
-            memory_peak: match &self.peak {
-                Some(peak) => read_number_of(peak).unwrap_or(0),
-                // It would be that of programs before.
-                None if self.is_used => 0,
-                None => read("memory.peak"),
-            },
+            memory_peak: read("memory.peak"),
             pids: u32::try_from(read("pids.current")).unwrap_or(u32::MAX),
         }
     }
 
-    /// Whether the out-of-memory killer struck in it since the program was started.
+    /// Whether the out-of-memory killer struck in it.
     pub(crate) fn ran_out_of_memory(&self) -> bool {
-        oom_kills(&self.folder) > self.oom_kills
+        oom_kills(&self.folder) > 0
+    }
+
+    /// Whether it did so since this was asked last.
+    pub(crate) fn take_out_of_memory(&self) -> bool {
+        let kills = oom_kills(&self.folder);
+        kills > self.told_oom_kills.replace(kills)
     }
 }
 
@@ -135,6 +128,10 @@ impl Leaf {
 pub(crate) struct Cgroups {
     user: OwnedFd,
     path: String,
+    /// Tells when `memory.events` of all programs together changes.
+    memory_events: Option<OwnedFd>,
+    /// Out-of-memory kills known of.
+    oom_kills: u64,
     next: u64,
     idle: Vec<Leaf>,
     /// Their program has ended, but something in them lives on.
@@ -153,6 +150,8 @@ impl Cgroups {
         enable(&user);
         reserve(&user);
         Ok(Self {
+            memory_events: watch(&format!("{path}/memory.events")),
+            oom_kills: oom_kills(&user),
             user,
             path,
             next: 0,
@@ -164,6 +163,22 @@ impl Cgroups {
     /// Directory of the cgroup of all programs.
     pub(crate) fn user_path(&self) -> &str {
         &self.path
+    }
+
+    /// Readable when the out-of-memory killer may have struck in any of them. Edge-triggered use only:
+    /// see [`Self::take_out_of_memory`].
+    pub(crate) const fn memory_events(&self) -> Option<&OwnedFd> {
+        self.memory_events.as_ref()
+    }
+
+    /// Whether the killer has struck since this was asked last.
+    pub(crate) fn take_out_of_memory(&mut self) -> bool {
+        if let Some(events) = &self.memory_events {
+            let mut buffer = [0_u8; 512];
+            while rustix::io::read(events, &mut buffer[..]).is_ok_and(|got| got > 0) {}
+        }
+        let kills = oom_kills(&self.user);
+        kills > std::mem::replace(&mut self.oom_kills, kills)
     }
 
     /// Whether any program lives.
@@ -184,7 +199,7 @@ impl Cgroups {
         write(&self.user, "cgroup.freeze", text)
     }
 
-    /// An empty cgroup.
+    /// A fresh cgroup.
     pub(crate) fn take(&mut self) -> io::Result<Leaf> {
         match self.idle.pop() {
             Some(leaf) => Ok(leaf),
@@ -192,32 +207,16 @@ impl Cgroups {
         }
     }
 
-    /// Takes a cgroup back whose program has ended.
-    pub(crate) fn give_back(&mut self, leaf: Leaf) {
-        match is_populated(&leaf.folder) {
-            Some(false) if self.idle.len() < KEPT && !leaf.used_up.get() => {
-                let oom_kills = oom_kills(&leaf.folder);
-                let cpu_us = cpu_us(&leaf.folder);
-                let peak = new_peak(&leaf.folder);
-                self.idle.push(Leaf {
-                    oom_kills,
-                    cpu_us,
-                    peak,
-                    is_used: true,
-                    ..leaf
-                });
-            }
-            Some(false) => self.remove(leaf.number),
-            _ => self.occupied.push_back(leaf.number),
-        }
+    /// Takes a cgroup back whose program has ended, or did not get to run.
+    pub(crate) fn give_back(&mut self, leaf: &Leaf) {
+        self.remove(leaf.number);
     }
 
-    /// Work for idle times: keeps an empty cgroup ready, and removes those whose last process has
+    /// Work for idle times: keeps fresh cgroups ready, and removes those whose last process has
     /// ended.
     pub(crate) fn tidy(&mut self) {
-        if self.idle.is_empty()
-            && let Ok(leaf) = self.make()
-        {
+        while self.idle.len() < KEPT {
+            let Ok(leaf) = self.make() else { break };
             self.idle.push(leaf);
         }
         for _ in 0..self.occupied.len().min(LOOKED_AT) {
@@ -238,11 +237,7 @@ impl Cgroups {
                     return Ok(Leaf {
                         number,
                         folder,
-                        oom_kills: 0,
-                        cpu_us: 0,
-                        peak: None,
-                        is_used: false,
-                        used_up: Cell::new(false),
+                        told_oom_kills: Cell::new(0),
                     });
                 }
                 // Left over from before, or made by someone in the guest.
@@ -334,26 +329,17 @@ fn read_key(folder: &OwnedFd, name: &str, key: &str) -> Option<u64> {
 fn read_number(folder: &OwnedFd, name: &str) -> Option<u64> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
     let file = rustix::fs::openat(folder, name, flags, Mode::empty()).ok()?;
-    read_number_of(&file)
-}
-
-fn read_number_of(file: &OwnedFd) -> Option<u64> {
     let mut content = [0; 32];
-    let got = rustix::io::pread(file, &mut content[..], 0).ok()?;
+    let got = rustix::io::read(file, &mut content[..]).ok()?;
     let text = std::str::from_utf8(content.get(..got)?).ok()?;
     text.trim().parse().ok()
 }
 
-/// `memory.peak` as seen from now on through this descriptor (Linux 6.12).
-fn new_peak(folder: &OwnedFd) -> Option<OwnedFd> {
-    let flags = OFlags::RDWR | OFlags::CLOEXEC;
-    let file = rustix::fs::openat(folder, "memory.peak", flags, Mode::empty()).ok()?;
-    rustix::io::write(&file, b"0").ok()?;
-    Some(file)
-}
-
-fn cpu_us(folder: &OwnedFd) -> u64 {
-    read_key(folder, "cpu.stat", "usage_usec").unwrap_or(0)
+/// Tells when a file changes. `None`: there is no such file.
+fn watch(path: &str) -> Option<OwnedFd> {
+    let fd = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK).ok()?;
+    inotify::add_watch(&fd, path, inotify::WatchFlags::MODIFY).ok()?;
+    Some(fd)
 }
 
 fn is_populated(folder: &OwnedFd) -> Option<bool> {

@@ -165,8 +165,16 @@ impl Channel {
             message: Some(message),
         };
         if frame::encode(&message, &mut self.out).is_err() {
-            // Only lists are long, and they are cut before.
-            crate::log!("dropped a message longer than a frame");
+            crate::log!("a message is longer than a frame");
+            let refused = FromHolder {
+                message: Some(Said::Refused(v1::Error {
+                    code: v1::error::Code::Internal.into(),
+                    message: "the answer is longer than a frame".to_owned(),
+                    errno: 0,
+                })),
+            };
+            // It is short.
+            let _ = frame::encode(&refused, &mut self.out);
         }
     }
 

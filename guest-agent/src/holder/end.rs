@@ -6,7 +6,7 @@ use belljar_protocol::v1::{self, event::What};
 
 use super::Holder;
 use super::channel::Role;
-use super::process::Ended;
+use super::process::{Ended, Owner};
 use crate::exec::cgroup::Leaf;
 use crate::exec::lifecycle::Status;
 use crate::sys::{self, Reaped};
@@ -52,7 +52,7 @@ impl Holder {
         let is_killed = matches!(status, Status::Signalled { number: 9, .. });
         let leaf = process.leaf.as_ref();
         let out_of_memory = leaf
-            .filter(|_| is_killed)
+            .filter(|_| is_killed && !process.was_killed.get())
             .is_some_and(Leaf::ran_out_of_memory);
         let usage = usage(leaf, reaped);
         let action = process.life.ended(status, out_of_memory);
@@ -90,7 +90,10 @@ impl Holder {
         for dropped in self.table.note_ended(id) {
             self.forget(dropped);
         }
-        if out_of_memory {
+        // A leaf that tells of no news has told of this kill already.
+        let is_news = |leaf: &Leaf| leaf.take_out_of_memory();
+        let leaf = self.table.get(id).and_then(|it| it.leaf.as_ref());
+        if out_of_memory && leaf.is_none_or(is_news) {
             let name = name.clone();
             self.add_event(What::OutOfMemory(v1::GuestOutOfMemory { id, name }));
         }
@@ -99,6 +102,26 @@ impl Holder {
             name,
             end: Some(end),
         }));
+    }
+
+    /// Memory has run out somewhere: tells whose, also of programs that live on after one that they had
+    /// started was killed.
+    pub(super) fn note_out_of_memory(&mut self) {
+        let Some(cgroups) = &mut self.cgroups else {
+            return;
+        };
+        if !cgroups.take_out_of_memory() {
+            return;
+        }
+        let struck: Vec<_> = self
+            .table
+            .all()
+            .filter(|process| process.leaf.as_ref().is_some_and(Leaf::take_out_of_memory))
+            .map(|process| (process.id, process.name.clone()))
+            .collect();
+        for (id, name) in struck {
+            self.add_event(What::OutOfMemory(v1::GuestOutOfMemory { id, name }));
+        }
     }
 
     /// Answers those who wait for the end, once all is known about it.
@@ -125,7 +148,8 @@ impl Holder {
         let Some(process) = self.table.get_mut(id) else {
             return;
         };
-        if process.viewers.is_empty() {
+        let is_awaited = matches!(process.owner, Owner::Lost { .. });
+        if process.viewers.is_empty() && !is_awaited {
             return self.forget(id);
         }
         let keep = process.keep.max(std::time::Duration::from_secs(1));
@@ -137,10 +161,12 @@ impl Holder {
 
     /// Drops the record of a process that has ended; its readers are cut off.
     pub(super) fn forget(&mut self, id: u64) {
-        let Some(process) = self.table.remove(id) else {
+        let Some(mut process) = self.table.remove(id) else {
             return;
         };
-        self.again.remove(&id);
+        // What it has started in the background may live on, and write.
+        self.abandoned.take(&mut process);
+        self.again.insert(id);
         if let Some(at) = process.ended.as_ref().and_then(|ended| ended.expires) {
             self.timers.remove(&(at, id));
         }

@@ -3,6 +3,7 @@
 use belljar_protocol::frame::MAX_FRAME;
 use belljar_protocol::v1;
 use prost::Message;
+use prost::encoding::encoded_len_varint;
 
 use super::process::Process;
 use super::table::Table;
@@ -61,15 +62,50 @@ pub(super) fn list(table: &Table, with_ended: bool) -> v1::ProcessList {
         .sum();
     if total > most {
         for info in &mut processes {
-            while info.encoded_len().saturating_add(8) > share {
-                if info.argv.pop().is_none() {
-                    if info.cwd.is_empty() {
-                        break;
-                    }
-                    info.cwd = Vec::new();
-                }
-            }
+            shorten(info, share);
         }
     }
     v1::ProcessList { processes }
+}
+
+/// Drops arguments, the last ones first, and then the working directory, until it takes no more than
+/// `share` bytes of a list.
+fn shorten(info: &mut v1::ProcessInfo, share: usize) {
+    let mut excess = info.encoded_len().saturating_add(8).saturating_sub(share);
+    while excess > 0 {
+        let Some(argument) = info.argv.pop() else {
+            info.cwd = Vec::new();
+            return;
+        };
+        // With its tag and its length.
+        let length = encoded_len_varint(argument.len() as u64).saturating_add(1);
+        excess = excess.saturating_sub(argument.len().saturating_add(length));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn what_is_shortened_fits_and_loses_no_more_than_it_must(
+            lengths in prop::collection::vec(0_usize..300, 0..200),
+            share in 100_usize..5000,
+        ) {
+            let whole = v1::ProcessInfo {
+                argv: lengths.iter().map(|length| vec![b'x'; *length]).collect(),
+                ..v1::ProcessInfo::default()
+            };
+            let mut info = whole.clone();
+            shorten(&mut info, share);
+            prop_assert!(info.encoded_len() + 8 <= share);
+            if info.argv.len() < whole.argv.len() {
+                info.argv.push(whole.argv[info.argv.len()].clone());
+                prop_assert!(info.encoded_len() + 8 > share);
+            }
+        }
+    }
 }

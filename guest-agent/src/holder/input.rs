@@ -6,13 +6,23 @@ const MAX_SESSIONS: usize = 16;
 /// Bytes written ahead are moved away only when they are this many.
 const COMPACT: usize = 64 << 10;
 
+/// What was taken of one sender's input, however often it connects.
+#[derive(Debug, Clone, Copy)]
+struct Session {
+    id: u64,
+    /// Bytes.
+    taken: u64,
+    /// Where its end was told, if it was.
+    ended_at: Option<u64>,
+}
+
 /// Bytes that wait for the process to read, and the sessions they belong to.
 #[derive(Debug, Default)]
 pub(crate) struct Input {
     pending: Vec<u8>,
     written: usize,
-    /// (session, bytes taken), the one used last at the end.
-    sessions: Vec<(u64, u64)>,
+    /// The one used last at the end.
+    sessions: Vec<Session>,
     last_session: u64,
     /// Nothing comes any more: the end follows the pending bytes.
     closing: bool,
@@ -21,12 +31,12 @@ pub(crate) struct Input {
 impl Input {
     /// Makes sure a session is known (0: a new one); returns its number and the bytes taken of it.
     pub(crate) fn open(&mut self, session: u64) -> (u64, u64) {
-        if let Some(at) = self.sessions.iter().position(|(id, _)| *id == session)
+        if let Some(at) = self.sessions.iter().position(|it| it.id == session)
             && session != 0
         {
             let known = self.sessions.remove(at);
             self.sessions.push(known);
-            return known;
+            return (known.id, known.taken);
         }
         let id = match session {
             0 => self.last_session.wrapping_add(1).max(1),
@@ -36,14 +46,31 @@ impl Input {
         if self.sessions.len() >= MAX_SESSIONS {
             self.sessions.remove(0);
         }
-        self.sessions.push((id, 0));
+        self.sessions.push(Session {
+            id,
+            taken: 0,
+            ended_at: None,
+        });
         (id, 0)
     }
 
     /// Bytes taken of a session.
     pub(crate) fn taken(&self, session: u64) -> u64 {
-        let known = self.sessions.iter().rev().find(|(id, _)| *id == session);
-        known.map_or(0, |(_, taken)| *taken)
+        let known = self.sessions.iter().rev().find(|it| it.id == session);
+        known.map_or(0, |it| it.taken)
+    }
+
+    /// Takes the end of a session that lies at `offset` in it. False: it was taken before.
+    pub(crate) fn take_end(&mut self, session: u64, offset: u64) -> bool {
+        self.open(session);
+        let Some(last) = self.sessions.last_mut() else {
+            return false;
+        };
+        let is_new = last.ended_at.is_none_or(|at| at < offset);
+        if is_new {
+            last.ended_at = Some(offset);
+        }
+        is_new
     }
 
     /// Takes the bytes of a session that lie at `offset` in it; what was taken before is dropped.
@@ -58,7 +85,7 @@ impl Input {
         }
         let now = taken.max(end);
         if let Some(last) = self.sessions.last_mut() {
-            last.1 = now;
+            last.taken = now;
         }
         now
     }
@@ -138,6 +165,20 @@ mod tests {
         }
         assert_eq!(input.open(kept), (kept, 1));
         assert!(input.sessions.len() <= MAX_SESSIONS);
+    }
+
+    #[test]
+    fn an_end_is_taken_once_at_its_place() {
+        let mut input = Input::default();
+        let (session, _) = input.open(0);
+        input.take(session, 0, b"abc");
+        assert!(input.take_end(session, 3));
+        assert!(!input.take_end(session, 3));
+        let (other, _) = input.open(0);
+        assert!(input.take_end(other, 0));
+        // More has followed: that is another end.
+        input.take(session, 3, b"def");
+        assert!(input.take_end(session, 6));
     }
 
     proptest! {

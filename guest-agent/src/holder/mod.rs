@@ -5,6 +5,7 @@
 //! comes from a program, a file of the guest or the host, but for the frames of its own worker, which
 //! it bounds and checks all the same.
 
+mod abandoned;
 mod announce;
 mod channel;
 mod end;
@@ -15,6 +16,8 @@ mod process;
 mod pump;
 mod requests;
 mod ring;
+#[cfg(test)]
+mod scenes;
 mod shutdown;
 mod start;
 mod table;
@@ -33,6 +36,7 @@ use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::fs::{Mode, OFlags, Timespec};
 use rustix::io::Errno;
 
+use self::abandoned::Abandoned;
 use self::announce::Announcement;
 use self::channel::Channel;
 use self::events::Events;
@@ -63,6 +67,7 @@ const KIND_TERMINAL: u64 = 5;
 const OWN_SIGNALS: u64 = 0;
 const OWN_CONTROL: u64 = 1;
 const OWN_ANNOUNCE: u64 = 2;
+const OWN_MEMORY: u64 = 3;
 
 /// How the service ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,6 +115,8 @@ pub(crate) struct Holder {
     again: BTreeSet<u64>,
     /// Channels with frames that are not flushed yet.
     dirty: BTreeSet<u64>,
+    /// What is left of forgotten processes.
+    abandoned: Abandoned,
     /// Processes that have ended, with a cgroup that may not be empty yet.
     emptied: Vec<u64>,
     /// Cgroups whose program has ended.
@@ -136,6 +143,10 @@ impl Holder {
         let signals = sys::child_signals()?;
         let token = EventData::new_u64(own(OWN_SIGNALS));
         epoll::add(&epoll, &signals, token, EventFlags::IN)?;
+        if let Some(events) = setup.cgroups.as_ref().and_then(Cgroups::memory_events) {
+            let token = EventData::new_u64(own(OWN_MEMORY));
+            epoll::add(&epoll, events, token, EventFlags::IN | EventFlags::ET)?;
+        }
         let mut abilities: Vec<i32> = crate::ABILITIES.iter().map(|it| *it as i32).collect();
         if setup.cgroups.is_some() {
             abilities.push(v1::Ability::Cgroups as i32);
@@ -173,6 +184,7 @@ impl Holder {
             timers: BTreeSet::new(),
             again: BTreeSet::new(),
             dirty: BTreeSet::new(),
+            abandoned: Abandoned::default(),
             emptied: Vec::new(),
             returned: Vec::new(),
             untidy: true,
@@ -242,6 +254,7 @@ impl Holder {
             KIND_OWN => match id {
                 OWN_SIGNALS => self.reap(),
                 OWN_CONTROL => self.take_channels(),
+                OWN_MEMORY => self.note_out_of_memory(),
                 OWN_ANNOUNCE => {
                     let done = self.announcement.as_mut().is_none_or(Announcement::advance);
                     if done {
@@ -271,8 +284,8 @@ impl Holder {
                     {
                         output.readable |= readable;
                     }
-                    self.drive(id);
                 }
+                self.drive(id);
             }
         }
     }
@@ -335,7 +348,7 @@ impl Holder {
         self.collect_leaves();
         if let Some(cgroups) = &mut self.cgroups {
             for leaf in self.returned.drain(..) {
-                cgroups.give_back(leaf);
+                cgroups.give_back(&leaf);
             }
             cgroups.tidy();
         }

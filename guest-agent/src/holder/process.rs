@@ -1,5 +1,6 @@
 //! One process that was started for the host: its streams, its life, who reads it.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
@@ -15,8 +16,14 @@ use crate::exec::cgroup::Leaf;
 use crate::exec::lifecycle::{Action, Lifecycle};
 use crate::sys;
 
-/// A tied process blocks when its owner is so many bytes behind, or a quarter of the ring.
+/// A tied process blocks when its owner is a quarter of the ring behind, within these bounds, bytes.
+/// The worker tells what it has passed on in pieces of less than the lower one: a process must not
+/// wait for it to tell of less.
+const MIN_LAG: u64 = 64 << 10;
 const MAX_LAG: u64 = 256 << 10;
+
+/// Read at once where memory is short, bytes.
+const SHORT_READ: usize = 4 << 10;
 
 /// After its end a terminal is read for so many bytes more at most: others may hold it and write.
 const MAX_DRAIN: u64 = 256 << 10;
@@ -62,9 +69,13 @@ impl Output {
         self.fd.is_none()
     }
 
-    /// True if reading waits for the owner, who holds the bytes from `hold` on.
-    fn is_held(&self, hold: Option<u64>) -> bool {
-        let lag = MAX_LAG.min(self.ring.limit() / 4);
+    /// True if reading waits for the owner, who holds the bytes from `hold` on. Where memory is
+    /// short, it waits for all of them.
+    fn is_held(&self, hold: Option<u64>, is_short: bool) -> bool {
+        let lag = match is_short {
+            true => 1,
+            false => (self.ring.limit() / 4).clamp(MIN_LAG, MAX_LAG),
+        };
         hold.is_some_and(|hold| self.ring.newest().saturating_sub(hold) >= lag)
     }
 
@@ -73,15 +84,21 @@ impl Output {
         &mut self,
         scratch: &mut [u8],
         hold: Option<u64>,
+        is_short: bool,
         unix_ns: impl Fn() -> u64,
     ) -> Pumped {
-        if !self.readable || self.is_held(hold) {
+        if !self.readable || self.is_held(hold, is_short) {
             return Pumped::Idle;
         }
         let Some(fd) = &self.fd else {
             return Pumped::Idle;
         };
-        match rustix::io::read(&**fd, &mut *scratch) {
+        let most = match is_short {
+            true => SHORT_READ.min(scratch.len()),
+            false => scratch.len(),
+        };
+        let room = scratch.get_mut(..most).unwrap_or_default();
+        match rustix::io::read(&**fd, room) {
             Ok(0) => {
                 self.fd = None;
                 Pumped::Moved
@@ -154,6 +171,8 @@ pub(super) struct Process {
     /// Channels that wait for its end.
     pub(super) waiters: Vec<u64>,
     pub(super) ended: Option<Ended>,
+    /// SIGKILL was sent to it from here, so the kernel's is not to blame.
+    pub(super) was_killed: Cell<bool>,
     /// Where each stream ends for those who read it at the end of the process; known a little later
     /// than that for terminals.
     pub(super) finals: [Option<u64>; 2],
@@ -179,6 +198,7 @@ impl Process {
 
     /// SIGKILL to everything that descends from it, or, without cgroups, to its process group.
     pub(super) fn kill_tree(&self) {
+        self.was_killed.set(true);
         match self.leaf.as_ref().map(Leaf::kill) {
             Some(Ok(())) => {}
             // The number may be somebody else's group by now.
@@ -200,6 +220,7 @@ impl Process {
 
     /// A signal as from a keyboard: to the foreground group of the terminal, or the process group.
     pub(super) fn signal_foreground(&self, number: u32) {
+        self.note_signal(number);
         match self.foreground() {
             Ok(pgrp) => sys::signal_group(pgrp, number),
             Err(_) if self.is_running() => sys::signal_group(self.pid, number),
@@ -211,6 +232,7 @@ impl Process {
     pub(super) fn signal(&self, number: u32, scope: v1::signal::Scope) -> bool {
         use v1::signal::Scope;
         let is_running = self.is_running();
+        self.note_signal(number);
         match scope {
             Scope::Group if is_running => sys::signal_group(self.pid, number),
             Scope::Process if is_running => sys::signal_process(self.pid, number),
@@ -227,6 +249,12 @@ impl Process {
             },
         }
         false
+    }
+
+    fn note_signal(&self, number: u32) {
+        if number == libc::SIGKILL as u32 {
+            self.was_killed.set(true);
+        }
     }
 
     /// Gives the terminal a size; true if that is a change.
@@ -321,6 +349,21 @@ impl Process {
             self.finals[0] = Some(newest);
             self.drain_to = None;
         }
+    }
+
+    /// Where each stream ends for a reader that comes now and waits for nothing new. Of a process that
+    /// has ended there may be bytes that are not read yet.
+    pub(super) fn ends_now(&self) -> [Option<u64>; 2] {
+        let mut ends = self
+            .outputs
+            .each_ref()
+            .map(|output| Some(output.ring.newest()));
+        if self.is_settled() {
+            for (end, last) in ends.iter_mut().zip(self.finals) {
+                *end = (*end).max(last);
+            }
+        }
+        ends
     }
 
     /// From now on nobody's hang-up matters, and nobody's slowness.

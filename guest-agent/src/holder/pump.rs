@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use belljar_protocol::v1::{self, exec_output::Output as Told};
 
-use super::channel::{Channel, Role};
+use super::channel::{Broken, Channel, Role};
 use super::events::Events;
 use super::process::{Owner, Process, Pumped};
 use super::{Holder, unix_ns};
@@ -20,6 +20,9 @@ const MIN_ROOM: u64 = 64 << 10;
 /// Taken input is told after so many bytes, or beside output.
 const MIN_TAKEN: u64 = 16 << 10;
 
+/// A process that does not read its input is sent no more when so many bytes wait for it.
+pub(super) const MAX_UNWRITTEN: usize = 1 << 20;
+
 /// Events wait in the log, not in memory, beyond so many bytes.
 const MAX_UNSENT_EVENTS: usize = 32 << 10;
 
@@ -31,6 +34,9 @@ const STREAMS: [v1::Stream; 2] = [v1::Stream::Stdout, v1::Stream::Stderr];
 impl Holder {
     /// Gives a process its turns: reads what it wrote, shows it to its readers, writes its input.
     pub(super) fn drive(&mut self, id: u64) {
+        if self.table.get(id).is_none() {
+            return self.drain_abandoned(id);
+        }
         for _ in 0..TURNS {
             let moved = self.pump(id);
             let fed = self.feed_viewers(id);
@@ -49,10 +55,14 @@ impl Holder {
         let mut moved = false;
         note_holds(process, &self.channels);
         let holds = process.holds;
+        let is_short = self.table.is_short();
+        let Some(process) = self.table.get_mut(id) else {
+            return false;
+        };
         let (mut before, mut after) = (0_usize, 0_usize);
         for (output, hold) in process.outputs.iter_mut().zip(holds) {
             before = before.saturating_add(output.ring.held());
-            let pumped = output.pump(&mut self.scratch, hold, unix_ns);
+            let pumped = output.pump(&mut self.scratch, hold, is_short, unix_ns);
             moved |= pumped == Pumped::Moved;
             after = after.saturating_add(output.ring.held());
         }
@@ -120,21 +130,25 @@ impl Holder {
         }
     }
 
-    /// Takes bytes that a channel sends for its process.
-    pub(super) fn take_input(&mut self, channel_id: u64, bytes: &[u8]) {
-        let Some(channel) = self.channels.get_mut(&channel_id) else {
-            return;
-        };
-        let Some(viewer) = channel.viewer_mut() else {
-            return;
-        };
+    /// Takes bytes that a channel sends for its process. Every channel has a window, but those who
+    /// leave leave their bytes behind: when too many wait, the channel is broken and nothing taken.
+    pub(super) fn take_input(&mut self, channel_id: u64, bytes: &[u8]) -> Result<(), Broken> {
+        let channel = self.channels.get_mut(&channel_id).ok_or(Broken)?;
+        let viewer = channel.viewer_mut().ok_or(Broken)?;
         let id = viewer.process;
         let length = bytes.len() as u64;
         viewer.input_owed = viewer.input_owed.saturating_add(length);
         let Some(process) = self.table.get_mut(id) else {
-            return;
+            return Ok(());
         };
         let before = process.input.unwritten().len();
+        // The only owner there will be has one window only, and the process ends with it.
+        let is_bounded =
+            process.owner == Owner::Channel(channel_id) && process.owner_key.is_empty();
+        if before >= MAX_UNWRITTEN && !is_bounded && !viewer.read_only {
+            crate::log!("process {} does not read its input", process.pid);
+            return Err(Broken);
+        }
         let taken = if viewer.read_only || process.stdin.is_none() {
             viewer.input_offset.saturating_add(length)
         } else {
@@ -145,7 +159,11 @@ impl Holder {
         viewer.input_offset = viewer.input_offset.saturating_add(length);
         let queued = process.input.unwritten().len().saturating_sub(before) as u64;
         if queued > 0 {
-            process.senders.push_back((channel_id, queued));
+            let known = process.senders.iter_mut().find(|it| it.0 == channel_id);
+            match known {
+                Some((_, bytes)) => *bytes = bytes.saturating_add(queued),
+                None => process.senders.push_back((channel_id, queued)),
+            }
         }
         if viewer.is_told_all && taken.saturating_sub(viewer.input_taken) >= MIN_TAKEN {
             viewer.input_taken = taken;
@@ -167,6 +185,7 @@ impl Holder {
             self.resize(id, &size);
         }
         self.drive(id);
+        Ok(())
     }
 
     pub(super) fn resize(&mut self, id: u64, size: &v1::Terminal) {
@@ -220,9 +239,11 @@ impl Holder {
         }
         if let Owner::Lost { until, .. } = process.owner {
             if until <= now {
-                crate::log!("nobody came back for process {}: killing it", process.pid);
                 process.disown();
-                process.kill_tree();
+                if process.is_running() {
+                    crate::log!("nobody came back for process {}: killing it", process.pid);
+                    process.kill_tree();
+                }
                 self.again.insert(id);
             } else {
                 self.timers.insert((until, id));

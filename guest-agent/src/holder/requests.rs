@@ -108,13 +108,14 @@ impl Holder {
         if process.owner != Owner::Channel(id) {
             return;
         }
-        if !process.is_running() {
+        if process.owner_key.is_empty() {
             process.disown();
-        } else if process.owner_key.is_empty() {
-            crate::log!("connection lost, killing process {}", process.pid);
-            process.disown();
-            process.kill_tree();
+            if process.is_running() {
+                crate::log!("connection lost, killing process {}", process.pid);
+                process.kill_tree();
+            }
         } else {
+            // After its end, too: bytes may be left that only the owner must not miss.
             let now = Instant::now();
             let until = now.checked_add(OWNER_TIME).unwrap_or(now);
             process.owner = Owner::Lost { until };
@@ -206,10 +207,13 @@ impl Holder {
                     crate::log!("the worker sends more input than it may");
                     return Err(Broken);
                 }
-                self.take_input(id, &bytes);
+                self.take_input(id, &bytes)?;
             }
             Asked::CloseInput(_) if may_write => {
-                if let Some(process) = self.table.get_mut(process_id) {
+                let (session, offset) = (viewer.input_session, viewer.input_offset);
+                if let Some(process) = self.table.get_mut(process_id)
+                    && process.input.take_end(session, offset)
+                {
                     process.close_input();
                 }
                 self.drive(process_id);
@@ -308,7 +312,7 @@ impl Holder {
         viewer.caught_up = false;
         viewer.size = attach.size.as_ref().map(sane_size);
         if !attach.follow || process.is_settled() {
-            viewer.bounds = process.outputs.each_ref().map(|it| Some(it.ring.newest()));
+            viewer.bounds = process.ends_now();
         }
         let mut taken = 0;
         if !attach.read_only {
@@ -319,7 +323,7 @@ impl Holder {
         let session = viewer.input_session;
         let size = viewer.size.filter(|_| !attach.read_only);
         process.viewers.push(id);
-        if takes_over && process.is_running() && process.owner != Owner::None {
+        if takes_over && process.owner != Owner::None {
             process.owner = Owner::Channel(id);
         }
         if let Some(channel) = self.channels.get_mut(&id) {

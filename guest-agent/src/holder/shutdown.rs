@@ -66,11 +66,10 @@ impl Holder {
             return;
         };
         let is_due = stopping.at <= now;
+        let cgroups = self.cgroups.as_ref();
         let is_quiet = self.table.running() == 0
-            && self
-                .cgroups
-                .as_ref()
-                .is_none_or(|cgroups| !cgroups.is_populated());
+            && cgroups.is_none_or(|cgroups| !cgroups.is_populated())
+            && orphans(self.worker.pid).is_empty();
         let (step, time) = match stopping.step {
             Step::Asked | Step::Killed if is_quiet => (Step::Telling, TELL_TIME),
             Step::Asked if is_due => {
@@ -79,6 +78,9 @@ impl Holder {
                 }
                 if let Some(cgroups) = &self.cgroups {
                     cgroups.kill_all();
+                }
+                for orphan in orphans(self.worker.pid) {
+                    sys::signal_process(orphan, libc::SIGKILL as u32);
                 }
                 (Step::Killed, KILLED_TIME)
             }
@@ -104,4 +106,17 @@ impl Holder {
         sys::kill_everything(libc::SIGKILL);
         Some(ended)
     }
+}
+
+/// Children of this process but for the worker. What descends from programs is their child, or ours
+/// when its parents have gone, wherever it has moved to.
+fn orphans(worker: Option<i32>) -> Vec<i32> {
+    let thread = rustix::thread::gettid().as_raw_pid();
+    let children = crate::boot::read_file(&format!("/proc/self/task/{thread}/children"));
+    // A kernel that does not tell them: there are the cgroups, at least.
+    let children = children.unwrap_or_default();
+    let pids = children
+        .split_whitespace()
+        .filter_map(|pid| pid.parse().ok());
+    pids.filter(|pid| Some(*pid) != worker).collect()
 }

@@ -1,5 +1,6 @@
 //! Starting a program that the worker has prepared.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::ffi::CString;
 use std::time::{Duration, Instant};
@@ -17,7 +18,9 @@ use crate::exec::cgroup::Leaf;
 use crate::exec::lifecycle::Lifecycle;
 use crate::exec::plan;
 use crate::exec::streams::{self, OwnEnds};
-use crate::sys::spawn::{Failure, Ids, Program, ResourceLimit, Spawned, Starting, Step};
+use crate::sys::spawn::{
+    Failure, Ids, Program, ResourceLimit, START_TIME, Spawned, Starting, Step,
+};
 use crate::sys::{self, Reaped};
 use crate::wire::{SpawnFailed, Start, Started, from_holder::Message as Said};
 
@@ -26,8 +29,12 @@ const DEFAULT_RING: u64 = 1 << 20;
 const MAX_RING: u64 = 64 << 20;
 const MIN_RING: u64 = 4 << 10;
 
-/// Arguments are kept for those who ask, up to so many bytes.
+/// Arguments are kept for those who ask, up to so much memory, bytes; each takes some itself.
 const MAX_ARGV_KEPT: usize = 4 << 10;
+const ARGUMENT_COST: usize = size_of::<Vec<u8>>();
+
+/// Longest working directory, bytes: the kernel's PATH_MAX.
+const MAX_CWD: usize = 4096;
 
 /// Longest key of an owner, bytes.
 const MAX_KEY: usize = 32;
@@ -91,7 +98,8 @@ impl Holder {
             }
             self.forget(id);
         }
-        if self.table.running() >= MAX_RUNNING {
+        let busy = self.table.running().saturating_add(self.starting.len());
+        if busy >= MAX_RUNNING {
             let message = format!("{MAX_RUNNING} processes run already");
             return self.refuse(channel, Code::Busy, message);
         }
@@ -150,10 +158,16 @@ impl Holder {
             });
         }
         let leaf = self.take_leaf(start.limits.as_ref())?;
+        // Where some hang, more may: the others are not to wait for each of them.
+        let patience = match self.starting.len() {
+            0 | 1 => START_TIME,
+            _ => Duration::ZERO,
+        };
         let spawned = self.spawner.spawn(
             program,
             &child.stdio(&self.null),
             leaf.as_ref().map(Leaf::folder),
+            patience,
         );
         drop(child);
         self.untidy = true;
@@ -348,6 +362,7 @@ impl Holder {
             viewers: Vec::new(),
             waiters: Vec::new(),
             ended: None,
+            was_killed: Cell::new(false),
             finals: [None; 2],
             drain_to: None,
         }
@@ -412,6 +427,9 @@ fn check(start: &Start) -> Result<(), NotStarted> {
     if start.owner_key.len() > MAX_KEY {
         return refused("owner_key: longer than 32 bytes");
     }
+    if start.cwd.len() > MAX_CWD {
+        return refused("cwd: longer than 4096 bytes");
+    }
     if start.user.len() > MAX_USER {
         return refused("user: longer than 256 bytes");
     }
@@ -454,17 +472,32 @@ fn descriptor_limit(soft: u64) -> Option<[u64; 2]> {
     (own.current != Some(soft)).then_some([soft.min(hard), hard])
 }
 
-/// The first arguments, as far as they fit into so many bytes.
+/// The first arguments, as far as they fit into so much memory.
 fn cut(argv: &[Vec<u8>], most: usize) -> Vec<Vec<u8>> {
     let mut left = most;
     let mut kept = Vec::new();
     for argument in argv {
         let part = argument.get(..left).unwrap_or(argument);
         kept.push(part.to_vec());
-        left = left.saturating_sub(part.len());
+        left = left.saturating_sub(part.len().saturating_add(ARGUMENT_COST));
         if left == 0 {
             break;
         }
     }
     kept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_are_kept_by_the_memory_that_they_take() {
+        let empty = vec![Vec::new(); 200_000];
+        assert!(cut(&empty, MAX_ARGV_KEPT).len() <= MAX_ARGV_KEPT / ARGUMENT_COST + 1);
+        let words = [b"ls".to_vec(), b"-l".to_vec()];
+        assert_eq!(cut(&words, MAX_ARGV_KEPT), words);
+        let long = [vec![b'x'; 5000], b"y".to_vec()];
+        assert_eq!(cut(&long, MAX_ARGV_KEPT), [vec![b'x'; MAX_ARGV_KEPT]]);
+    }
 }

@@ -48,6 +48,16 @@ impl Table {
         self.running
     }
 
+    /// Whether all rings together take more memory than they may.
+    pub(super) const fn is_short(&self) -> bool {
+        self.held > self.budget
+    }
+
+    #[cfg(test)]
+    pub(super) const fn held(&self) -> usize {
+        self.held
+    }
+
     /// A number that was never used before.
     pub(super) const fn next_id(&mut self) -> u64 {
         self.last = self.last.saturating_add(1);
@@ -130,9 +140,7 @@ impl Table {
             self.names.remove(&process.name);
         }
         for queue in &mut self.ended {
-            if queue.front() == Some(&id) {
-                queue.pop_front();
-            }
+            queue.retain(|known| *known != id);
         }
         for output in &process.outputs {
             self.held = self.held.saturating_sub(output.ring.held());

@@ -21,7 +21,7 @@ enum Action {
     Read(usize),
 }
 
-fn holder() -> Holder {
+pub(super) fn holder() -> Holder {
     let (listener, _) = UnixStream::pair().unwrap();
     Holder::without_worker(Setup {
         listener: listener.into(),
@@ -151,7 +151,7 @@ fn action() -> impl Strategy<Value = Action> {
 }
 
 /// One round of the loop, without waiting.
-fn turn(holder: &mut Holder) {
+pub(super) fn turn(holder: &mut Holder) {
     holder.untidy = true;
     let mut events = Vec::with_capacity(64);
     let timeout = holder.timeout();

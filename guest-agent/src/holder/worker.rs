@@ -16,7 +16,7 @@ use rustix::net::{
 };
 
 use super::{Holder, OWN_CONTROL, high, own};
-use crate::sys::spawn::{Program, Spawned};
+use crate::sys::spawn::{Program, START_TIME, Spawned};
 use crate::wire::WorkerConfig;
 
 /// A worker that ends sooner than this was no good.
@@ -106,7 +106,7 @@ impl Holder {
             self.worker.listener.as_raw_fd(),
             theirs.as_raw_fd(),
         ];
-        let pid = match self.spawner.spawn(program, &stdio, None) {
+        let pid = match self.spawner.spawn(program, &stdio, None, START_TIME) {
             Ok(Spawned::Running(pid)) => pid,
             Ok(Spawned::Starting(starting)) => {
                 let pid = starting.pid();

@@ -7,8 +7,8 @@
 
 use super::{CString, RawFd, c_char, c_int, c_void, ptr, size_of};
 
-/// How long the parent waits for the program to run before it does something else meanwhile.
-const START_TIME: std::time::Duration = std::time::Duration::from_millis(20);
+/// How long a start is waited for before something else is done meanwhile.
+pub(crate) const START_TIME: std::time::Duration = std::time::Duration::from_millis(20);
 
 /// Enough for the child's few frames; system calls run on the kernel's stack.
 const STACK_SIZE: usize = 32 << 10;
@@ -165,7 +165,7 @@ impl Spawner {
     }
 
     /// Starts a program in a session and process group of its own with no signal blocked, and waits
-    /// for a short while until it runs. All signals must be blocked in the caller. `stdio` become its
+    /// for so long at most until it runs. All signals must be blocked in the caller. `stdio` become its
     /// descriptors 0, 1, 2 and so on, and none of them may be one of those now; `cgroup` is a
     /// directory of the cgroup file system. A child that failed is not reaped.
     pub(crate) fn spawn(
@@ -173,6 +173,7 @@ impl Spawner {
         program: Program,
         stdio: &[RawFd],
         cgroup: Option<RawFd>,
+        patience: std::time::Duration,
     ) -> Result<Spawned, (Failure, Option<i32>)> {
         let mut stack = self
             .stack
@@ -219,7 +220,7 @@ impl Spawner {
             shared,
             stack: Some(stack),
         };
-        starting.wait(START_TIME);
+        starting.wait(patience);
         match starting.check(self) {
             Ok(Ok(pid)) => Ok(Spawned::Running(pid)),
             Ok(Err(failure)) => Err((failure, Some(pid as i32))),

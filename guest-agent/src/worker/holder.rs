@@ -286,6 +286,16 @@ impl Channel {
         if self.passed_on < ACKNOWLEDGED {
             return Ok(());
         }
+        self.acknowledge()
+    }
+
+    /// Whether the holder does not know of all that was passed on.
+    pub(super) const fn owes_acknowledgement(&self) -> bool {
+        self.passed_on > 0
+    }
+
+    /// Tells the holder what was passed on.
+    pub(super) fn acknowledge(&mut self) -> Result<(), Failure> {
         let bytes = std::mem::take(&mut self.passed_on);
         self.send(Asked::PassedOn(bytes))
     }

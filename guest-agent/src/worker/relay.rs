@@ -2,7 +2,7 @@
 //! for the other.
 
 use std::os::fd::AsFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use belljar_protocol::frame;
 use belljar_protocol::v1::{self, exec_input::Input};
@@ -19,6 +19,10 @@ use crate::wire::{HangUp, from_holder::Message as Said, to_holder::Message as As
 
 /// Input that may be on its way to the process; the holder grants more when it is read.
 const INPUT_WINDOW: u64 = 256 << 10;
+
+/// When nothing more comes for so long, the holder is told of little output, too: it keeps until then
+/// what the host has got.
+const QUIET: Duration = Duration::from_millis(10);
 
 /// A buffer of this size is not kept by a call that may be idle from now on.
 const KEPT_BUFFER: usize = 16 << 10;
@@ -118,8 +122,11 @@ impl<'a> Relay<'a> {
         ];
         // What the holder says is not read while the host does not read.
         let watched = if is_sent { 2 } else { 1 };
-        match poll(set.get_mut(..watched).unwrap_or_default(), None) {
+        let may_acknowledge = is_sent && self.channel.owes_acknowledgement();
+        let timeout = may_acknowledge.then(|| timespec(QUIET));
+        match poll(set.get_mut(..watched).unwrap_or_default(), timeout.as_ref()) {
             Err(Errno::INTR) => return Ok(()),
+            Ok(0) => return self.channel.acknowledge(),
             ready => ready.map_err(ConnError::from)?,
         };
         let [host, holder] = set.map(|entry| entry.revents());
