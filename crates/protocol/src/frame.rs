@@ -4,9 +4,13 @@
 //! never holds more than one frame, takes memory only for bytes that have arrived, and every
 //! input leads to a frame, to a request for more, or to an error.
 
+mod lists;
+
 use std::borrow::Cow;
 
 use prost::Message;
+
+pub use lists::{MAX_FIELDS, MessageError, decode, decode_lists};
 
 /// Longest message, bytes, without its length prefix.
 pub const MAX_FRAME: usize = 1 << 20;

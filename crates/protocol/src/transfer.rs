@@ -3,9 +3,7 @@
 //! A sender reads a file straight into the frame that it sends; a receiver gets the bytes out of the
 //! buffer that the socket was read into, as they come, and never holds a whole frame of them.
 
-use prost::Message;
-
-use crate::frame::{FrameError, MAX_FRAME};
+use crate::frame::{self, FrameError, MAX_FRAME, MessageError};
 use crate::v1::{self, file_chunk::Piece as Kind};
 
 /// Payload bytes of one frame of [`ChunkBuffer`].
@@ -31,7 +29,7 @@ pub enum TransferError {
     Frame(#[from] FrameError),
     /// The frame holds no such message.
     #[error("a piece of the stream cannot be decoded: {0}")]
-    Decode(#[from] prost::DecodeError),
+    Decode(#[from] MessageError),
     /// The length of the data does not fit into its frame.
     #[error("a piece of the stream says it is longer than its frame")]
     BadLength,
@@ -219,7 +217,7 @@ fn varint(value: &mut u64, bytes: &mut u32, byte: u8) -> Result<Option<u64>, Tra
 }
 
 fn whole(message: &[u8]) -> Result<Piece<'static>, TransferError> {
-    match v1::FileChunk::decode(message)?.piece {
+    match frame::decode_lists::<v1::FileChunk>(message)?.piece {
         Some(Kind::Hole(length)) => Ok(Piece::Hole(length)),
         Some(Kind::End(end)) => Ok(Piece::End(end)),
         Some(Kind::Error(error)) => Ok(Piece::Error(error)),

@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-use belljar_protocol::frame::{FrameError, MessageTooLong};
+use belljar_protocol::frame::{FrameError, MessageError, MessageTooLong};
 use belljar_protocol::v1;
 
 /// A session came to no good end.
@@ -43,7 +43,7 @@ pub enum SessionError {
     #[error("the agent broke the protocol: {0}")]
     Frame(#[from] FrameError),
     #[error("the agent broke the protocol: {0}")]
-    Decode(#[from] prost::DecodeError),
+    Decode(#[from] MessageError),
     #[error("the agent broke the protocol: a byte count that cannot be")]
     Offset,
     #[error("the agent answered something else than asked")]

@@ -399,7 +399,7 @@ impl<S: Stream + AsFd> Upload<S> {
         let deadline = self.idle.and_then(|idle| Instant::now().checked_add(idle));
         let result: v1::TransferResult = self
             .connection
-            .receive(doing, deadline)?
+            .receive_lists(doing, deadline)?
             .ok_or(CallError::Closed { doing })?;
         match result.result {
             Some(v1::transfer_result::Result::Done(done)) => Ok(done),

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use prost::Message;
 
-use crate::frame::{self, Decoder, FrameError, MessageTooLong};
+use crate::frame::{self, Decoder, FrameError, MessageError, MessageTooLong};
 use crate::hybrid::{is_timeout, remaining};
 use crate::{GENERATION, v1};
 
@@ -119,13 +119,13 @@ pub enum CallError {
         /// What was wrong.
         source: crate::transfer::TransferError,
     },
-    /// The frame holds no such message.
+    /// The frame holds no such message, or one that is far larger than honest ones.
     #[error("the agent broke the protocol ({doing}): {source}")]
     Decode {
         /// What was waited for.
         doing: &'static str,
         /// What was wrong.
-        source: prost::DecodeError,
+        source: MessageError,
     },
     /// The request is larger than a frame may be.
     #[error("the request is too large: {0}")]
@@ -226,13 +226,31 @@ impl<S: Stream> Connection<S> {
         doing: &'static str,
         deadline: Option<Instant>,
     ) -> Result<Option<M>, CallError> {
+        self.receive_as(frame::decode, doing, deadline)
+    }
+
+    /// [`Self::receive`] for a message that embeds lists.
+    fn receive_lists<M: Message + Default>(
+        &mut self,
+        doing: &'static str,
+        deadline: Option<Instant>,
+    ) -> Result<Option<M>, CallError> {
+        self.receive_as(frame::decode_lists, doing, deadline)
+    }
+
+    fn receive_as<M>(
+        &mut self,
+        decode: impl Fn(&[u8]) -> Result<M, MessageError>,
+        doing: &'static str,
+        deadline: Option<Instant>,
+    ) -> Result<Option<M>, CallError> {
         loop {
             let mut input = self.buffer.get(self.unread.clone()).unwrap_or_default();
             let fed = self.decoder.feed(&mut input);
             let left = input.len();
             let message = fed
                 .map_err(|source| CallError::Frame { doing, source })?
-                .map(|frame| M::decode(&*frame))
+                .map(|frame| decode(&frame))
                 .transpose()
                 .map_err(|source| CallError::Decode { doing, source })?;
             self.unread.start = self.unread.end.saturating_sub(left);
@@ -297,7 +315,7 @@ impl<S: Stream> Connection<S> {
         };
         self.send(&request, doing, deadline)?;
         let reply: v1::Reply = self
-            .receive(doing, deadline)?
+            .receive_lists(doing, deadline)?
             .ok_or(CallError::Closed { doing })?;
         let info = AgentInfo {
             generation: reply.generation,

@@ -16,7 +16,6 @@ mod streams;
 
 use belljar_protocol::frame::{self, Decoder};
 use belljar_protocol::{GENERATION, v1};
-use prost::Message;
 use v1::error::Code;
 use v1::exec_input::Input as Said;
 use v1::exec_output::Output;
@@ -454,7 +453,7 @@ impl Session {
         message: &[u8],
         handle: &mut impl FnMut(Event<'_>),
     ) -> Result<Step, SessionError> {
-        let reply = v1::Reply::decode(message)?;
+        let reply = frame::decode_lists::<v1::Reply>(message)?;
         self.generation = Some(reply.generation);
         match (ask, reply.result) {
             (Ask::Probe, Some(Answer::Pong(_))) => self.probed(reply.generation),
@@ -572,6 +571,11 @@ impl Session {
                 handle(Event::Gap { channel, from, to });
             }
         }
+        let detach = Said::Detach(v1::Detach {});
+        // A worker that died may have taken it and told nobody.
+        if self.detaching && !self.controls.contains(&detach) {
+            self.controls.push(detach);
+        }
         self.link = Link::Streaming;
         Ok(Step::Continue)
     }
@@ -604,7 +608,7 @@ impl Session {
         message: &[u8],
         handle: &mut impl FnMut(Event<'_>),
     ) -> Result<Step, SessionError> {
-        match v1::ExecOutput::decode(message)?.output {
+        match frame::decode::<v1::ExecOutput>(message)?.output {
             Some(Output::Stdout(bytes)) => self.bytes(Channel::Stdout, &bytes, handle)?,
             Some(Output::Stderr(bytes)) => self.bytes(Channel::Stderr, &bytes, handle)?,
             Some(Output::Gap(gap)) => {

@@ -278,6 +278,22 @@ fn leaving_is_confirmed_even_if_the_connection_breaks_over_it() {
 }
 
 #[test]
+fn leaving_is_asked_for_again_if_a_worker_took_it_and_died() {
+    let agent = Agent::new(bytes(5000, 4), Vec::new());
+    let mut story = Story::new(Session::exec(exec(), None), agent, Vec::new());
+    for act in [Act::ToGuest(10_000), Act::ToHost(10_000)] {
+        story.act(&act);
+    }
+    story.session.detach();
+    story.act(&Act::ToGuest(10_000));
+    assert!(std::mem::take(&mut story.agent.detached));
+    story.act(&Act::Cut);
+    story.finish();
+    assert!(story.collected.detached);
+    assert!(story.agent.detached);
+}
+
+#[test]
 fn an_old_agent_runs_commands_and_refuses_the_rest_by_its_generation() {
     let mut agent = Agent::new(b"old".to_vec(), Vec::new());
     agent.generation = 1;
