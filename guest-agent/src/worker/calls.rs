@@ -53,6 +53,14 @@ pub(super) fn answer(context: &Context, conn: &mut Conn, request: v1::Request) -
     }
 }
 
+/// Calls that are served although there is no thread for them: they end at once, and some end others.
+pub(super) const fn is_quick(request: &v1::Request) -> bool {
+    matches!(
+        request.call,
+        Some(Call::Ping(_) | Call::Touch(_) | Call::Signal(_) | Call::Shutdown(_))
+    )
+}
+
 /// Looking at a guest does not keep it awake.
 const fn is_activity(call: &Call) -> bool {
     !matches!(

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use belljar_protocol::frame::{self, Decoder, FrameError};
@@ -40,7 +41,7 @@ pub(crate) enum ConnError {
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Conn {
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     decoder: Decoder,
     buffer: Vec<u8>,
     unread: Range<usize>,
@@ -55,9 +56,9 @@ impl AsFd for Conn {
 
 impl Conn {
     /// Takes a blocking stream socket at its first byte.
-    pub(crate) const fn new(fd: OwnedFd) -> Self {
+    pub(crate) fn new(fd: OwnedFd) -> Self {
         Self {
-            fd,
+            fd: Arc::new(fd),
             decoder: Decoder::new(),
             buffer: Vec::new(),
             unread: 0..0,
@@ -188,10 +189,9 @@ impl Conn {
         self.unread.start = self.unread.start.saturating_add(count).min(self.unread.end);
     }
 
-    /// The socket, and bytes of it that were read already.
-    pub(crate) fn into_parts(self) -> (OwnedFd, Vec<u8>) {
-        let unread = self.buffer.get(self.unread).unwrap_or_default().to_vec();
-        (self.fd, unread)
+    /// The socket.
+    pub(super) const fn socket(&self) -> &Arc<OwnedFd> {
+        &self.fd
     }
 
     /// Bytes that were read already and belong to no frame: what follows a `connect` is raw.

@@ -12,6 +12,7 @@ mod ports;
 mod process;
 mod procfs;
 mod relay;
+mod silent;
 mod system;
 mod terminal;
 mod wait;
@@ -46,6 +47,12 @@ const IDLE_THREADS: usize = 2;
 /// Connections at a time, and so threads.
 const MAX_THREADS: usize = 1200;
 
+/// With fewer threads left than these, connections that are silent make room.
+const SCARCE_THREADS: usize = 64;
+
+/// How long a connection may take to send its request, or to hang up, where nobody else accepts any.
+const BUSY_TIME: Duration = Duration::from_millis(100);
+
 /// How exactly the last activity is known after a worker was replaced.
 const NOTE_NS: u64 = 50_000_000;
 
@@ -64,6 +71,7 @@ pub(crate) struct Context {
     note: Option<OwnedFd>,
     pub(crate) watches: watch::Watches,
     listener: OwnedFd,
+    silent: silent::Silent,
     threads: AtomicUsize,
     waiting: AtomicUsize,
 }
@@ -174,6 +182,7 @@ impl Context {
             note,
             watches: watch::Watches::default(),
             listener,
+            silent: silent::Silent::default(),
             threads: AtomicUsize::new(0),
             waiting: AtomicUsize::new(0),
         }
@@ -216,11 +225,13 @@ impl Context {
             let others = self.waiting.fetch_sub(1, Ordering::AcqRel) - 1;
             match accepted {
                 Ok((fd, peer)) => {
-                    if others == 0 {
-                        self.add_thread();
+                    let threads = self.threads.load(Ordering::Relaxed);
+                    if threads.saturating_add(SCARCE_THREADS) > MAX_THREADS {
+                        self.silent.make_room();
                     }
+                    let is_last = others == 0 && !self.add_thread();
                     if peer.is_none_or(|cid| cid == HOST_CID) {
-                        self.serve_call(fd);
+                        self.serve_call(fd, is_last);
                     } else {
                         log!("refused a connection from CID {peer:?}: not the host");
                     }
@@ -239,26 +250,45 @@ impl Context {
         }
     }
 
-    fn add_thread(self: &Arc<Self>) {
+    /// False: there can be no more.
+    fn add_thread(self: &Arc<Self>) -> bool {
         if self.threads.fetch_add(1, Ordering::Relaxed) >= MAX_THREADS {
             self.threads.fetch_sub(1, Ordering::Relaxed);
-            return;
+            return false;
         }
         let context = Arc::clone(self);
         let made = std::thread::Builder::new()
             .stack_size(STACK)
             .spawn(move || context.take_turns());
-        if let Err(error) = made {
-            // This thread waits again when its call is over.
+        if let Err(error) = &made {
             self.threads.fetch_sub(1, Ordering::Relaxed);
             log!("cannot make a thread: {error}");
         }
+        made.is_ok()
     }
 
-    fn serve_call(&self, fd: OwnedFd) {
+    /// `is_last`: no other thread accepts connections meanwhile, so this must not take long.
+    fn serve_call(&self, fd: OwnedFd, is_last: bool) {
         let mut conn = Conn::new(fd);
-        let deadline = Instant::now().checked_add(REQUEST_TIME);
-        let served = match conn.receive::<v1::Request>(deadline) {
+        let (request_time, linger_time) = if is_last {
+            (BUSY_TIME, BUSY_TIME)
+        } else {
+            (REQUEST_TIME, LINGER_TIME)
+        };
+        let entry = self.silent.enter(conn.socket());
+        let request = conn.receive::<v1::Request>(Instant::now().checked_add(request_time));
+        drop(entry);
+        let is_too_much = is_last
+            && match &request {
+                Ok(Some(request)) => !calls::is_quick(request),
+                Ok(None) => false,
+                Err(error) => matches!(error, ConnError::Late),
+            };
+        let served = match request {
+            _ if is_too_much => {
+                let error = refusal(Code::Busy, "the agent serves as many calls as it can");
+                conn.send(&self.head(Answer::Error(error)))
+            }
             Ok(Some(request)) => match calls::answer(self, &mut conn, request) {
                 Ok(Outcome::Reply(result)) => conn.send(&self.head(result)),
                 Ok(Outcome::Streamed) => Ok(()),
@@ -273,7 +303,7 @@ impl Context {
             Err(error) => Err(error),
         };
         match served {
-            Ok(()) => linger(conn),
+            Ok(()) => linger(&conn, linger_time),
             Err(ConnError::HungUp) => {}
             Err(error) => log!("connection dropped: {error}"),
         }
@@ -281,15 +311,15 @@ impl Context {
 }
 
 /// Lets the host hang up first: closing with unread input would cut off what was sent last.
-fn linger(conn: Conn) {
-    let (fd, _) = conn.into_parts();
-    let _ = rustix::net::shutdown(&fd, rustix::net::Shutdown::Write);
-    let Some(deadline) = Instant::now().checked_add(LINGER_TIME) else {
+fn linger(conn: &Conn, time: Duration) {
+    let fd = conn.as_fd();
+    let _ = rustix::net::shutdown(fd, rustix::net::Shutdown::Write);
+    let Some(deadline) = Instant::now().checked_add(time) else {
         return;
     };
     let mut scratch = [0; 4096];
-    while let Ok(true) = conn::wait_readable(fd.as_fd(), deadline) {
-        match rustix::net::recv(&fd, &mut scratch[..], rustix::net::RecvFlags::empty()) {
+    while let Ok(true) = conn::wait_readable(fd, deadline) {
+        match rustix::net::recv(fd, &mut scratch[..], rustix::net::RecvFlags::empty()) {
             Ok((_, got)) if got != 0 => {}
             _ => return,
         }
