@@ -16,7 +16,8 @@ mod wire;
 mod worker;
 
 use std::ffi::{CString, OsString};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Duration;
 
 use belljar_protocol::{AGENT_PORT, GENERATION, v1};
@@ -39,8 +40,12 @@ const ABILITIES: [v1::Ability; 8] = [
     v1::Ability::System,
 ];
 
-/// Argument of a run after a panic, followed by the number of panics so far.
+/// Argument of a run after a panic, followed by the number of panics so far and [`DISK`].
 const RECOVERED: &str = "--recovered";
+
+/// The descriptor of the writable drive's mount; -1: none. It outlives a panic: below the root, the mount
+/// has no path any more.
+static DISK: AtomicI32 = AtomicI32::new(-1);
 
 /// Connections waiting to be accepted.
 const BACKLOG: i32 = 128;
@@ -92,18 +97,20 @@ fn print_text(text: &str) {
 }
 
 fn run_as_init(arguments: &[OsString]) -> ! {
-    let panics = match arguments {
-        [flag, count] if flag == RECOVERED => count.to_str().and_then(|count| count.parse().ok()),
+    let recovered = match arguments {
+        [flag, count, disk] if flag == RECOVERED => number(count).zip(number(disk)),
         _ => None,
     };
-    run_again_on_panic(panics.unwrap_or(0));
+    run_again_on_panic(recovered.map_or(0, |(panics, _)| panics));
     if let Err(error) = sys::block_signals() {
         log!("cannot block signals: {error}");
     }
-    let booted = match panics {
+    let booted = match recovered {
         None => boot::boot(),
-        Some(count) => recover(count),
+        Some((panics, disk)) => recover(panics, disk),
     };
+    let disk = booted.disk.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+    DISK.store(disk, Ordering::Relaxed);
     if let Ok(null) = rustix::fs::open(
         "/dev/null",
         rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC,
@@ -121,19 +128,37 @@ fn run_as_init(arguments: &[OsString]) -> ! {
     power::end_guest(ended, booted.disk.as_ref())
 }
 
+fn number<T: std::str::FromStr>(argument: &OsString) -> Option<T> {
+    argument.to_str()?.parse().ok()
+}
+
 /// After a panic: the guest is up, but whose programs run is forgotten. They end, and their
 /// connections with them, which the host sees as "lost".
-fn recover(panics: u32) -> Booted {
+fn recover(panics: u32, disk: RawFd) -> Booted {
     log::open_console();
     log!("running again after panic {panics}; all programs are killed");
     sys::kill_everything(libc::SIGKILL);
     // Nobody remembers that they were frozen; what is started would never run.
     let _ = std::fs::write(format!("{CGROUPS}/user/cgroup.freeze"), "0");
+    let mut degraded = format!("the agent has panicked {panics} times; see the console");
+    let disk = match (disk >= 0).then(|| sys::inherited(disk)) {
+        Some(Ok(disk)) => {
+            power::thaw(&disk);
+            Some(disk)
+        }
+        Some(Err(error)) => {
+            degraded +=
+                &format!("; its drive can neither be frozen nor be made clean at the end: {error}");
+            None
+        }
+        None => None,
+    };
     if panics > 3 {
         std::thread::sleep(Duration::from_secs(1));
     }
     Booted {
-        degraded: format!("the agent has panicked {panics} times; see the console"),
+        degraded,
+        disk,
         ..Booted::default()
     }
 }
@@ -142,7 +167,10 @@ fn run_again_on_panic(panics: u32) {
     std::panic::set_hook(Box::new(move |panic| {
         log!("PANIC: {panic}");
         let count = CString::new(panics.saturating_add(1).to_string()).unwrap_or_default();
-        let error = sys::run_again(&[c"belljar-agent", c"--recovered", &count]);
+        let disk = DISK.load(Ordering::Relaxed);
+        let _ = sys::keep_for_next(disk);
+        let disk = CString::new(disk.to_string()).unwrap_or_default();
+        let error = sys::run_again(&[c"belljar-agent", c"--recovered", &count, &disk]);
         // A last resort: PID 1 must not end, and the host can still see this on the console.
         log!("cannot run again: {error}");
         loop {

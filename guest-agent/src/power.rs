@@ -12,10 +12,9 @@ use crate::log;
 /// Writes everything out, makes the drive's file system clean and ends the guest. No process but
 /// this one is left, or it did not go when killed.
 pub(crate) fn end_guest(ended: Ended, disk: Option<&OwnedFd>) -> ! {
-    // A frozen file system takes no last write, and cannot be made read-only.
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    if let Some(Ok(disk)) = disk.map(|disk| rustix::fs::openat(disk, c".", flags, Mode::empty())) {
-        let _ = crate::sys::thaw_file_system(disk.as_fd());
+    if let Some(disk) = disk {
+        // A frozen file system takes no last write, and cannot be made read-only.
+        thaw(disk);
     }
     rustix::fs::sync();
     // The root cannot be unmounted while this process is in it; read-only it is as clean. It comes
@@ -32,6 +31,14 @@ pub(crate) fn end_guest(ended: Ended, disk: Option<&OwnedFd>) -> ! {
         let error = rustix::system::reboot(command);
         log!("{ended:?} failed: {error:?}");
         std::thread::sleep(std::time::Duration::from_secs(1));
+    }
+}
+
+/// Thaws the drive's file system if it is frozen.
+pub(crate) fn thaw(disk: &OwnedFd) {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    if let Ok(disk) = rustix::fs::openat(disk, c".", flags, Mode::empty()) {
+        let _ = crate::sys::thaw_file_system(disk.as_fd());
     }
 }
 

@@ -135,6 +135,13 @@ pub(crate) fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Leaves a descriptor open for the program that takes the place of this one.
+pub(crate) fn keep_for_next(fd: RawFd) -> io::Result<()> {
+    // SAFETY: a plain call; it fails if there is no such descriptor.
+    check(unsafe { libc::fcntl(fd, libc::F_SETFD, 0) })?;
+    Ok(())
+}
+
 /// Keeps the C library from giving each thread a heap of its own, and has it map the buffers of transfers
 /// one by one: so they go back to the system when a call ends. By itself it would stop to do so after the
 /// first one.
