@@ -260,9 +260,7 @@ impl Cgroups {
 fn reserve(user: &OwnedFd) {
     let info = rustix::system::sysinfo();
     let unit = u64::from(info.mem_unit.max(1));
-    let ram = u64::try_from(info.totalram)
-        .unwrap_or(0)
-        .saturating_mul(unit);
+    let ram = info.totalram.saturating_mul(unit);
     let memory = ram.saturating_sub((ram / 16).clamp(12 << 20, 64 << 20));
     let number = |path| {
         crate::boot::read_file(path)

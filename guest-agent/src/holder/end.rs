@@ -23,9 +23,8 @@ impl Holder {
         loop {
             match sys::reap() {
                 Ok(Some(reaped)) => self.take_reaped(&reaped),
-                Ok(None) => return,
                 Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
-                Err(_) => return,
+                Ok(None) | Err(_) => return,
             }
         }
     }

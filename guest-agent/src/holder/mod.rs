@@ -383,9 +383,7 @@ fn unix_ns() -> u64 {
 fn ring_budget() -> usize {
     let info = rustix::system::sysinfo();
     let unit = u64::from(info.mem_unit.max(1));
-    let ram = u64::try_from(info.totalram)
-        .unwrap_or(0)
-        .saturating_mul(unit);
+    let ram = info.totalram.saturating_mul(unit);
     let budget = (ram / 8).clamp(4 << 20, 256 << 20);
     usize::try_from(budget).unwrap_or(256 << 20)
 }

@@ -307,6 +307,10 @@ impl Channel {
 }
 
 /// A message of the holder, decoded unless it is only to be passed on.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one at a time, on the stack, and matched at once"
+)]
 #[derive(Debug)]
 pub(super) enum Buffered<'a> {
     /// A frame that holds `FromHolder.output`.
@@ -399,6 +403,7 @@ impl Reader {
 
 /// The holder is gone, or nothing that it sends can be understood: this worker is of no use any more,
 /// and will be replaced with it.
+#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
 fn gone(error: ConnError) -> Failure {
     Failure::Refused(refusal(
         Code::Internal,

@@ -98,6 +98,10 @@ impl From<ConnError> for Failure {
 }
 
 /// What is left to do for a call that was carried out.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one a call, on the stack, and sent at once"
+)]
 #[derive(Debug)]
 pub(crate) enum Outcome {
     /// Send this head; that is all.

@@ -46,7 +46,7 @@ pub(super) fn wait(
     let awaited = match call.what {
         Some(What::Port(port)) => waiting.port(port),
         Some(What::Http(http)) => waiting.http(&http),
-        Some(What::Output(output)) => output::wait(context, &waiting, output),
+        Some(What::Output(output)) => output::wait(context, &waiting, &output),
         Some(What::Path(path)) => waiting.path(&path),
         None => Err(refusal(Code::Invalid, "what: nothing to wait for").into()),
     };

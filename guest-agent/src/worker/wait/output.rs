@@ -25,7 +25,7 @@ const MAX_TOLD: usize = 4096;
 pub(super) fn wait(
     context: &Context,
     waiting: &Waiting<'_>,
-    call: v1::OutputMatch,
+    call: &v1::OutputMatch,
 ) -> Result<v1::Awaited, Failure> {
     let pattern = compile(&call.pattern)?;
     let stream = call.stream();

@@ -2,6 +2,8 @@
 
 use std::collections::{HashMap, VecDeque};
 
+use prost::Message;
+
 use super::super::*;
 
 /// What a session told.
