@@ -12,4 +12,5 @@ pub mod log;
 pub mod machine;
 pub mod memory;
 pub mod metrics;
+pub mod snapshot;
 pub mod virtio;

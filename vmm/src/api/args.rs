@@ -154,8 +154,11 @@ const NOT_OFFERED: [(&str, &str); 6] = [
     ),
     ("--metadata", "there is no metadata service"),
     ("--mmds-size-limit", "there is no metadata service"),
-    ("--snapshot-version", "this version takes no snapshots"),
-    ("--describe-snapshot", "this version takes no snapshots"),
+    ("--snapshot-version", "GET /version tells versions"),
+    (
+        "--describe-snapshot",
+        "a state file says itself whether it can be loaded",
+    ),
     ("--enable-pci", "devices are on virtio-mmio"),
 ];
 

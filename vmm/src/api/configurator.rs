@@ -1,5 +1,6 @@
 //! The order of calls: what is allowed when, and what the machine must do for it.
 mod balloon;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 
@@ -9,7 +10,7 @@ use self::balloon::{check_balloon_fits, no_balloon};
 use super::{Action, Body, Fault, InstanceState, Request};
 use crate::config::{
     BalloonStatsUpdate, BalloonUpdate, Descriptors, Drive, DrivePatch, HintingStart, Logger,
-    Metrics, Source, VmConfig,
+    Metrics, SnapshotCreate, SnapshotLoad, Source, VmConfig,
 };
 
 /// Where the microVM is in its life.
@@ -38,6 +39,11 @@ pub enum Effect {
     Start,
     Pause,
     Resume,
+    /// Save the paused guest.
+    CreateSnapshot(SnapshotCreate),
+    /// Build a guest from a snapshot; nothing but logger, metrics, console and serial port is
+    /// configured. Call [`Configurator::adopt`] before [`Configurator::done`].
+    LoadSnapshot(SnapshotLoad),
     FlushMetrics,
     SendCtrlAltDel,
     /// End the VMM at once.
@@ -278,6 +284,8 @@ impl Configurator {
                     Effect::Resume
                 })
             }
+            R::CreateSnapshot(create) => self.create_snapshot(create),
+            R::LoadSnapshot(load) => self.load_snapshot(load),
             other => self.balloon(other),
         }
     }
@@ -294,6 +302,15 @@ impl Configurator {
                 self.phase = Phase::Running;
                 self.descriptors.clear();
             }
+            Effect::LoadSnapshot(load) => {
+                self.phase = if load.resume_vm {
+                    Phase::Running
+                } else {
+                    Phase::Paused
+                };
+                self.descriptors.clear();
+            }
+            Effect::CreateSnapshot(_) => self.descriptors.clear(),
             Effect::Resume => self.phase = Phase::Running,
             Effect::Pause => self.phase = Phase::Paused,
             Effect::SetLogger(logger) => self.merge_logger(logger),
@@ -340,7 +357,7 @@ impl Configurator {
         }
     }
 
-    fn after_start(&self, what: &str) -> Result<(), Fault> {
+    pub(super) fn after_start(&self, what: &str) -> Result<(), Fault> {
         match self.phase {
             Phase::Running | Phase::Paused => Ok(()),
             Phase::Configuring { .. } => Err(Fault::new(format!(
@@ -350,7 +367,7 @@ impl Configurator {
     }
 
     /// A named descriptor must have arrived with this call or before it.
-    fn check_source(&self, field: &str, source: Option<&Source>) -> Result<(), Fault> {
+    pub(super) fn check_source(&self, field: &str, source: Option<&Source>) -> Result<(), Fault> {
         match source.and_then(Source::fd_name) {
             Some(name) if !self.descriptors.contains(name) => {
                 match self.descriptors.duplicate(field, name) {

@@ -1,7 +1,8 @@
 //! The calls, typed: one variant per method and path.
 use crate::config::{
     Balloon, BalloonStatsUpdate, BalloonUpdate, BootSource, Console, Drive, DrivePatch, Entropy,
-    HintingStart, Logger, MachineConfig, MachinePatch, Metrics, Prepare, Serial, Vsock,
+    HintingStart, Logger, MachineConfig, MachinePatch, Metrics, Prepare, Serial, SnapshotCreate,
+    SnapshotLoad, Vsock,
 };
 
 /// A call that was understood: its documents are valid each by itself. Whether it fits the
@@ -37,6 +38,8 @@ pub enum Request {
     Pause,
     /// `PATCH /vm {"state": "Resumed"}`
     Resume,
+    CreateSnapshot(SnapshotCreate),
+    LoadSnapshot(SnapshotLoad),
 }
 
 /// `PUT /actions`.

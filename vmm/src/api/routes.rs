@@ -46,6 +46,8 @@ pub fn route(method: Method, path: &str, body: &[u8]) -> Result<Request, Fault> 
         (Method::Put, "metrics", None, None) => json(body).map(R::PutMetrics),
         (Method::Put, "prepare", None, None) => json(body).map(R::Prepare),
         (Method::Put, "actions", None, None) => action(body),
+        (Method::Put, "snapshot", Some("create"), None) => json(body).map(R::CreateSnapshot),
+        (Method::Put, "snapshot", Some("load"), None) => json(body).map(R::LoadSnapshot),
 
         (Method::Patch, "machine-config", None, None) => json(body).map(R::PatchMachineConfig),
         (Method::Patch, "drives", Some(id), None) => patch_drive(id, body),
@@ -76,7 +78,6 @@ fn unknown(method: Method, path: &str) -> Fault {
 fn not_offered(first: &str) -> Option<&'static str> {
     Some(match first {
         "network-interfaces" => "this version has no network devices",
-        "snapshot" => "this version takes and loads no snapshots",
         "mmds" => "there is no metadata service",
         "cpu-config" => "there are no CPU templates",
         "pmem" => "there are no pmem devices",

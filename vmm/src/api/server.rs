@@ -25,6 +25,8 @@ use crate::metrics::{Counter, Registry};
 const MAX_CONNECTIONS: usize = 16;
 /// A command that the machine has not answered within this gets a fault.
 const ANSWER_WITHIN: Duration = Duration::from_secs(20);
+/// The same for a snapshot, which writes all of a guest's RAM: 512 GiB at 150 MiB/s.
+const SNAPSHOT_WITHIN: Duration = Duration::from_secs(3600);
 /// How long the listener is left alone when the process has no descriptor for another client,
 /// and none of the present ones can go: it stays readable meanwhile.
 const LISTENER_REST: Duration = Duration::from_millis(200);
@@ -175,6 +177,8 @@ struct Pending {
     call: CallId,
     title: String,
     since: Instant,
+    /// How long the machine may take.
+    within: Duration,
 }
 
 /// What `wait` found beside the clients.
@@ -251,11 +255,7 @@ impl Server {
             .clients
             .iter()
             .filter_map(|c| c.connection.deadline())
-            .chain(
-                self.pending
-                    .iter()
-                    .map(|p| p.since + self.options.answer_within),
-            )
+            .chain(self.pending.iter().map(|p| p.since + p.within))
             .chain(self.rest_until)
             .min();
         let timeout = deadline.map(|at| {
@@ -368,10 +368,15 @@ impl Server {
             (self.stop)();
             return;
         }
+        let within = match request.request {
+            Request::CreateSnapshot(_) => self.options.answer_within.max(SNAPSHOT_WITHIN),
+            _ => self.options.answer_within,
+        };
         self.pending.push(Pending {
             call,
             title,
             since: now,
+            within,
         });
         let command = Command {
             request: request.request,
@@ -437,14 +442,13 @@ impl Server {
     }
 
     fn give_up_on_commands(&mut self, now: Instant) {
-        let limit = self.options.answer_within;
-        let late: Vec<(CallId, String)> = self
+        let late: Vec<(CallId, String, Duration)> = self
             .pending
             .iter()
-            .filter(|p| now.duration_since(p.since) >= limit)
-            .map(|p| (p.call, p.title.clone()))
+            .filter(|p| now.duration_since(p.since) >= p.within)
+            .map(|p| (p.call, p.title.clone(), p.within))
             .collect();
-        for (call, title) in late {
+        for (call, title, limit) in late {
             self.counters.unanswered.inc();
             let fault = Fault::new(format!(
                 "{title}: the machine's thread has not answered for {} s (its last answer to \

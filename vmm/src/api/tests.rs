@@ -237,7 +237,8 @@ fn faults_keep_the_connection_unless_http_is_broken() {
             r#"{"guest_cid":3,"uds_path":"v","cid":1}"#,
             "cid",
         ),
-        ("PUT", "/snapshot/load", "{}", "/snapshot: not offered"),
+        ("PUT", "/snapshot/load", "{}", "snapshot_path"),
+        ("PUT", "/snapshot/mend", "{}", "/snapshot/mend"),
         ("GET", "/mmds", "", "/mmds: not offered"),
         (
             "PUT",

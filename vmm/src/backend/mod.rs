@@ -1,5 +1,6 @@
 //! Host resources behind devices: files, io_uring, sockets, descriptors. No virtio types.
 #![allow(unsafe_code)]
+pub mod aside;
 pub mod disk;
 pub mod file;
 pub mod inherited;

@@ -20,6 +20,9 @@ pub enum Expect {
     /// A file, FIFO, terminal or socket that is appended to and made if missing; never blocks
     /// (logs, metrics, serial output).
     Output,
+    /// An empty regular file that is written from its start; only as a descriptor, for a path
+    /// that names one might be somebody's file (see `backend::aside`).
+    EmptyFile,
 }
 
 /// A source could not be opened; the message names the field and the path.
@@ -154,7 +157,7 @@ impl Expect {
     fn flags(self) -> OFlags {
         match self {
             Self::ReadFile | Self::ReadDisk => OFlags::RDONLY,
-            Self::WriteDisk => OFlags::RDWR,
+            Self::WriteDisk | Self::EmptyFile => OFlags::RDWR,
             // Read-write, so that a FIFO without a reader can be opened and does not raise
             // SIGPIPE when its reader leaves.
             Self::Output => OFlags::RDWR | OFlags::APPEND | OFlags::CREATE,
@@ -164,7 +167,7 @@ impl Expect {
     fn purpose(self) -> &'static str {
         match self {
             Self::ReadFile | Self::ReadDisk => "read it",
-            Self::WriteDisk => "read and write it",
+            Self::WriteDisk | Self::EmptyFile => "read and write it",
             Self::Output => "append to it",
         }
     }
@@ -179,6 +182,7 @@ impl Expect {
         let kind = FileType::from_raw_mode(stat.st_mode);
         let good = match self {
             Self::ReadFile => kind == FileType::RegularFile,
+            Self::EmptyFile => kind == FileType::RegularFile && stat.st_size == 0,
             Self::ReadDisk | Self::WriteDisk => {
                 matches!(kind, FileType::RegularFile | FileType::BlockDevice)
             }
@@ -197,12 +201,14 @@ impl Expect {
                 FileType::CharacterDevice => "a character device",
                 FileType::BlockDevice => "a block device",
                 FileType::Symlink => "a symbolic link",
+                FileType::RegularFile => "a file that is not empty",
                 _ => "something else",
             },
             wanted: match self {
                 Self::ReadFile => "a regular file",
                 Self::ReadDisk | Self::WriteDisk => "a regular file or a block device",
                 Self::Output => "a file or a FIFO",
+                Self::EmptyFile => "an empty regular file",
             },
         })
     }

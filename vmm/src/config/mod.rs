@@ -14,6 +14,7 @@ mod descriptors;
 mod drive;
 mod machine;
 mod output;
+mod snapshot;
 mod source;
 mod vm;
 mod vsock;
@@ -32,6 +33,7 @@ pub use machine::{
     CpuBaseline, HugePages, MAX_MEM_MIB, MAX_VCPUS, MIN_MEM_MIB, MachineConfig, MachinePatch,
 };
 pub use output::{Console, Logger, Metrics, Serial};
+pub use snapshot::{SnapshotCreate, SnapshotLoad, SnapshotType};
 pub use source::Source;
 pub(crate) use source::check_fd_name;
 pub use vm::{Entropy, Prepare, VmConfig};

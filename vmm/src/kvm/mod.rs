@@ -3,6 +3,7 @@
 //! pause and resume.
 #![allow(unsafe_code)]
 
+pub mod state;
 mod vcpu;
 mod vm;
 

@@ -5,6 +5,7 @@
 //! that costs a millisecond in the rare case and needs no handler state.
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -13,6 +14,7 @@ use kvm_bindings::{CpuId, Msrs, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sr
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
+use super::state::{self, VcpuState};
 use crate::bus::Bus;
 
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +29,8 @@ pub enum VcpuError {
     Thread { index: u8, source: io::Error },
     #[error("vCPU {index} did not stop in time")]
     Stuck { index: u8 },
+    #[error("vCPU {index}: KVM refused to take MSR {msr:#x} with the value {value:#x}")]
+    Msr { index: u8, msr: u32, value: u64 },
 }
 
 /// Why a vCPU can run no further.
@@ -65,15 +69,35 @@ pub struct GuestBus {
 /// A vCPU before it has a thread.
 pub struct Vcpu {
     index: u8,
-    fd: VcpuFd,
+    pub(super) fd: VcpuFd,
+    /// Bytes of the XSAVE area on this host.
+    pub(super) xsave_len: usize,
 }
 
 impl Vcpu {
-    pub(super) fn new(index: u8, fd: VcpuFd) -> Self {
-        Self { index, fd }
+    pub(super) fn new(index: u8, fd: VcpuFd, xsave_len: usize) -> Self {
+        Self {
+            index,
+            fd,
+            xsave_len,
+        }
     }
 
-    fn err(&self, what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VcpuError {
+    pub(super) fn index(&self) -> u8 {
+        self.index
+    }
+
+    /// Everything KVM knows of the vCPU, which must not run.
+    pub fn save(&self) -> Result<VcpuState, VcpuError> {
+        state::save(self)
+    }
+
+    /// Makes the vCPU one that was saved. Memory slots and interrupt controllers exist.
+    pub fn restore(&self, saved: &VcpuState) -> Result<(), VcpuError> {
+        state::restore(self, saved)
+    }
+
+    pub(super) fn err(&self, what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VcpuError {
         let index = self.index;
         move |e| VcpuError::Ioctl {
             index,
@@ -163,7 +187,7 @@ impl Vcpu {
             .map_err(|e| thread_error(io::Error::from_raw_os_error(e.errno())))?;
         let control = Arc::new(Control::default());
         let mut runner = Runner {
-            fd: self.fd,
+            vcpu: self,
             bus,
             control: Arc::clone(&control),
             on_fault: Some(on_fault),
@@ -198,11 +222,13 @@ enum Wanted {
     Run,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct State {
     wanted: Wanted,
     /// The thread waits, outside KVM_RUN, with no exit half handled.
     paused: bool,
+    /// Somebody wants the vCPU's state.
+    asked: Option<SyncSender<Result<VcpuState, VcpuError>>>,
 }
 
 /// Shared between the thread and whoever commands it.
@@ -264,6 +290,18 @@ impl VcpuThread {
         Ok(())
     }
 
+    /// The state of a vCPU that is paused.
+    pub fn save(&self, deadline: Instant) -> Result<VcpuState, VcpuError> {
+        let index = self.index;
+        let (sender, receiver) = sync_channel(1);
+        self.control.lock().asked = Some(sender);
+        self.control.changed.notify_all();
+        let left = deadline.saturating_duration_since(Instant::now());
+        receiver
+            .recv_timeout(left)
+            .unwrap_or(Err(VcpuError::Stuck { index }))
+    }
+
     fn kick(&self) {
         // Fails only when the thread is gone, and then it does not run the guest either.
         let _ = self.handle.kill(kick_signal());
@@ -271,7 +309,7 @@ impl VcpuThread {
 }
 
 struct Runner {
-    fd: VcpuFd,
+    vcpu: Vcpu,
     bus: Arc<GuestBus>,
     control: Arc<Control>,
     on_fault: Option<Box<dyn FnOnce(Fault) + Send>>,
@@ -303,6 +341,13 @@ impl Runner {
                 state.paused = true;
                 control.changed.notify_all();
             }
+            if let Some(reply) = state.asked.take() {
+                drop(state);
+                // Whoever asked may have given up.
+                let _ = reply.send(self.vcpu.save());
+                state = control.lock();
+                continue;
+            }
             state = control
                 .changed
                 .wait(state)
@@ -324,10 +369,10 @@ impl Runner {
     /// served like any other. KVM emulates at most 1,024 repetitions in a row.
     fn finish_exit(&mut self) -> Result<(), Fault> {
         const MOST: usize = 4096;
-        self.fd.set_kvm_immediate_exit(1);
+        self.vcpu.fd.set_kvm_immediate_exit(1);
         let mut finished = Ok(());
         for _ in 0..MOST {
-            match self.fd.run() {
+            match self.vcpu.fd.run() {
                 // Nothing is left to complete.
                 Ok(VcpuExit::Intr) | Err(_) => break,
                 Ok(exit) => finished = handle(&self.bus, exit),
@@ -336,13 +381,13 @@ impl Runner {
                 break;
             }
         }
-        self.fd.set_kvm_immediate_exit(0);
+        self.vcpu.fd.set_kvm_immediate_exit(0);
         finished
     }
 
     fn run_once(&mut self) -> Result<(), Fault> {
         let bus = &*self.bus;
-        match self.fd.run() {
+        match self.vcpu.fd.run() {
             Ok(exit) => handle(bus, exit),
             Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {
                 ExitCounters::count(&bus.exits.interrupted);

@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::arch::x86_64::layout;
 use crate::kvm::Vcpu;
+use crate::kvm::state::{self, VmState};
 use crate::memory::registers::{self, RegisterPage};
 use crate::memory::{GuestRam, slots};
 use crate::virtio::device::InterruptLine;
@@ -58,6 +59,7 @@ pub struct Vm {
     kvm: Kvm,
     fd: Arc<VmFd>,
     next_slot: u32,
+    has_pit: bool,
 }
 
 impl Vm {
@@ -94,17 +96,20 @@ impl Vm {
             kvm,
             fd,
             next_slot: 0,
+            has_pit: false,
         })
     }
 
     /// A PIT, for kernels that find their devices without hardware-reduced ACPI and calibrate
     /// timers against it. Its host thread costs time, so other guests do without.
-    pub fn create_pit(&self) -> Result<(), VmError> {
+    pub fn create_pit(&mut self) -> Result<(), VmError> {
         let config = kvm_pit_config {
             flags: KVM_PIT_SPEAKER_DUMMY,
             ..Default::default()
         };
-        self.fd.create_pit2(config).map_err(ioctl("make a timer"))
+        self.fd.create_pit2(config).map_err(ioctl("make a timer"))?;
+        self.has_pit = true;
+        Ok(())
     }
 
     /// Makes all of `ram` visible to the guest. `ram` must outlive the VM's vCPUs; guest RAM
@@ -188,7 +193,28 @@ impl Vm {
             .fd
             .create_vcpu(u64::from(index))
             .map_err(ioctl(format!("make vCPU {index}")))?;
-        Ok(Vcpu::new(index, fd))
+        Ok(Vcpu::new(index, fd, self.xsave_len()))
+    }
+
+    /// Bytes of a vCPU's XSAVE area (KVM api.rst 4.42, 4.134).
+    fn xsave_len(&self) -> usize {
+        let told = self.fd.check_extension_int(Cap::Xsave2);
+        usize::try_from(told).map_or(state::XSAVE_MIN, |len| len.max(state::XSAVE_MIN))
+    }
+
+    /// Interrupt controllers, timer and clock. No vCPU runs.
+    pub fn save(&self) -> Result<VmState, VmError> {
+        state::save_vm(&self.fd, self.has_pit).map_err(|(what, e)| ioctl(what)(e))
+    }
+
+    /// The same the other way, after the vCPUs were restored. With `advance` the guest's clock
+    /// goes on by the time that has passed since, where host and snapshot know it; else it goes
+    /// on where it stood.
+    pub fn restore(&mut self, saved: &VmState, advance: bool) -> Result<(), VmError> {
+        if saved.pit.is_some() && !self.has_pit {
+            self.create_pit()?;
+        }
+        state::restore_vm(&self.fd, saved, advance).map_err(|(what, e)| ioctl(what)(e))
     }
 }
 

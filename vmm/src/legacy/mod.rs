@@ -11,7 +11,7 @@ use std::sync::Arc;
 pub use boot_marker::BootMarker;
 pub use pvpanic::PvPanic;
 pub use reset::ResetController;
-pub use serial::{Serial, SerialInput};
+pub use serial::{Serial, SerialInput, SerialRegisters};
 pub use sleep::SleepRegisters;
 
 /// What a guest told the machine through one of these devices.

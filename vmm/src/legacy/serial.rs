@@ -3,7 +3,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vm_superio::serial::NoEvents;
+use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial as Uart, Trigger};
 
 use crate::backend::output::{Scrollback, Sink};
@@ -19,6 +19,16 @@ pub struct Serial(Arc<Mutex<State>>);
 /// Types into the UART; see [`Serial::input`].
 #[derive(Clone)]
 pub struct SerialInput(Arc<Mutex<State>>);
+
+/// Reads the UART's registers, for a snapshot.
+#[derive(Clone)]
+pub struct SerialRegisters(Arc<Mutex<State>>);
+
+impl SerialRegisters {
+    pub fn save(&self) -> SerialState {
+        lock(&self.0).state()
+    }
+}
 
 type State = Uart<Line, NoEvents, Output>;
 
@@ -61,10 +71,26 @@ impl Serial {
         output: Option<OwnedFd>,
         file_limit: u64,
     ) -> io::Result<Self> {
+        Self::from_state(&SerialState::default(), line, output, file_limit)
+    }
+
+    /// The same, with registers as they were saved.
+    pub fn from_state(
+        state: &SerialState,
+        line: Arc<dyn InterruptLine>,
+        output: Option<OwnedFd>,
+        file_limit: u64,
+    ) -> io::Result<Self> {
         let sink = output.map(|fd| Sink::new(fd, 0, file_limit)).transpose()?;
         let scrollback = Scrollback::new(SCROLLBACK);
-        let uart = Uart::new(Line(line), Output { scrollback, sink });
+        let uart = Uart::from_state(state, Line(line), NoEvents, Output { scrollback, sink })
+            .map_err(|e| io::Error::other(format!("its registers cannot be restored: {e:?}")))?;
         Ok(Self(Arc::new(Mutex::new(uart))))
+    }
+
+    /// A handle by which the machine reads the registers.
+    pub fn registers(&self) -> SerialRegisters {
+        SerialRegisters(self.0.clone())
     }
 
     /// Input for the guest, from any thread.

@@ -8,14 +8,15 @@ use std::time::Instant;
 
 use kvm_bindings::CpuId;
 use vm_memory::{Bytes, GuestAddress};
+use vm_superio::serial::SerialState;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::events::{DeviceEvents, Notice, Notifier};
-use super::guest::{DriveHandle, Guest};
+use super::guest::{DriveHandle, Guest, GuestMemory};
 use super::image::Image;
 use crate::arch::x86_64::acpi::{self, AcpiError, MmioDevice};
 use crate::arch::x86_64::boot::{self, BootError, BootInfo};
-use crate::arch::x86_64::cpuid::{self, CpuidError};
+use crate::arch::x86_64::cpuid::{self, CpuidError, OtherCpu};
 use crate::arch::x86_64::kernel::{KernelError, LoadedKernel};
 use crate::arch::x86_64::mptable::{self, MpTableError};
 use crate::arch::x86_64::{layout, registers};
@@ -25,17 +26,16 @@ use crate::bus::{BusDevice, BusError};
 use crate::config::{
     Descriptors, Discovery, Drive, Expect, MachineConfig, OpenError, Source, VmConfig,
 };
-use crate::kvm::{GuestBus, Vcpu, VcpuError, Vm, VmError};
-use crate::legacy::{self, MachineEvents};
+use crate::kvm::{GuestBus, Vcpu, VcpuError, VcpuThread, Vm, VmError};
+use crate::legacy::{self, MachineEvents, SerialRegisters};
 use crate::log_debug;
-use crate::memory::discard::AnonymousPages;
 use crate::memory::registers::{RegisterPage, register_pages};
 use crate::memory::{GuestRam, MemoryError};
 use crate::metrics::Registry;
 use crate::virtio::balloon::{Balloon, BalloonHandle};
 use crate::virtio::blk;
 use crate::virtio::console::{Console, ConsoleConfig, ConsoleHandle};
-use crate::virtio::device::{Interrupt, VirtioDevice};
+use crate::virtio::device::{Interrupt, RestoreError, VirtioDevice};
 use crate::virtio::mmio::{Transport, register};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{self, Counters, Dial, Vsock};
@@ -85,16 +85,25 @@ pub(super) enum AssembleError {
     TooManyDevices,
     #[error("guest RAM cannot be written: {0}")]
     Ram(vm_memory::GuestMemoryError),
+    #[error("the snapshot cannot be used on this host: {0}")]
+    OtherCpu(#[from] OtherCpu),
+    #[error("the snapshot has {saved} devices, and its configuration makes {made}")]
+    DeviceCount { saved: usize, made: usize },
+    #[error("the snapshot's {device}: {source}")]
+    Restore {
+        device: String,
+        source: RestoreError,
+    },
 }
 
-type Result<T> = std::result::Result<T, AssembleError>;
+pub(super) type Result<T> = std::result::Result<T, AssembleError>;
 
 /// What can be made before it is known which guest it will be: creating a VM can take tens
 /// of milliseconds on a busy host.
 pub(super) struct Prepared {
-    vm: Vm,
-    vcpus: Vec<Vcpu>,
-    cpuid: CpuId,
+    pub(super) vm: Vm,
+    pub(super) vcpus: Vec<Vcpu>,
+    pub(super) cpuid: CpuId,
 }
 
 pub(super) fn prepare(vcpu_count: u8, dev_kvm: Option<OwnedFd>) -> Result<Prepared> {
@@ -145,59 +154,58 @@ fn put_together(prepared: Prepared, image: &Image, parts: Parts<'_>) -> Result<G
             started.elapsed().as_micros()
         );
     };
-    let mut builder = Builder {
-        vm: &mut vm,
-        ram: Arc::clone(ram),
-        bus: GuestBus::default(),
-        devices: Vec::new(),
-        windows: Vec::new(),
-        claimed: Vec::new(),
-        pages: Vec::new(),
-        swallowed: Vec::new(),
-        parts,
-    };
-    builder.share_registers()?;
-    let drives = builder.add_drives()?;
-    builder.add_vsock()?;
-    builder.add_rng()?;
-    let balloon = builder.add_balloon()?;
-    let console = builder.add_console()?;
-    builder.add_platform()?;
+    let mut builder = Builder::new(&mut vm, GuestMemory::booted(Arc::clone(ram)), parts);
+    let handles = builder.add_devices(&SerialState::default())?;
     stage("devices made");
     builder.vm.map_ram(ram)?;
     builder.write_boot_data(kernel, *initrd)?;
     stage("boot data written");
-    let config = builder.parts.config;
-    let notifier = builder.parts.notifier.clone();
-    let (bus, devices) = (Arc::new(builder.bus), builder.devices);
-    let swallowed = builder.swallowed;
-    set_up_vcpus(&vcpus, ram, &cpuid, kernel, &config.machine_config)?;
-    let vcpus = vcpus
-        .into_iter()
-        .map(|vcpu| {
-            let notifier = notifier.clone();
-            let on_fault = Box::new(move |fault| notifier.send(Notice::Fault(fault)));
-            vcpu.start(Arc::clone(&bus), on_fault)
-        })
-        .collect::<std::result::Result<_, _>>()?;
+    let machine = &builder.parts.config.machine_config;
+    set_up_vcpus(&vcpus, ram, &cpuid, kernel, machine)?;
+    let running = builder.start(vcpus)?;
     stage("vCPUs made");
-    Ok(Guest {
-        _vm: vm,
-        _swallowed: swallowed,
-        vcpus,
-        bus,
-        devices,
-        drives,
-        balloon,
-        console,
-    })
+    Ok(running.into_guest(vm, handles))
 }
 
-struct Builder<'a> {
-    vm: &'a mut Vm,
-    ram: Arc<GuestRam>,
-    bus: GuestBus,
+/// What reaches the devices of a guest beside its driver.
+pub(super) struct Handles {
+    drives: BTreeMap<String, DriveHandle>,
+    balloon: Option<BalloonHandle>,
+    console: ConsoleHandle,
+    serial: SerialRegisters,
+}
+
+/// A guest but for its VM.
+pub(super) struct Running {
+    vcpus: Vec<VcpuThread>,
+    bus: Arc<GuestBus>,
     devices: Vec<DeviceEvents>,
+    swallowed: Vec<EventFd>,
+    memory: GuestMemory,
+}
+
+impl Running {
+    pub(super) fn into_guest(self, vm: Vm, handles: Handles) -> Guest {
+        Guest {
+            vm,
+            _swallowed: self.swallowed,
+            vcpus: self.vcpus,
+            bus: self.bus,
+            devices: self.devices,
+            memory: self.memory,
+            drives: handles.drives,
+            balloon: handles.balloon,
+            console: handles.console,
+            serial: handles.serial,
+        }
+    }
+}
+
+pub(super) struct Builder<'a> {
+    pub(super) vm: &'a mut Vm,
+    memory: GuestMemory,
+    bus: GuestBus,
+    pub(super) devices: Vec<DeviceEvents>,
     windows: Vec<MmioDevice>,
     /// Of all virtio devices, if the guest reads them without exits.
     pages: Vec<RegisterPage>,
@@ -205,10 +213,62 @@ struct Builder<'a> {
     swallowed: Vec<EventFd>,
     /// Files of the drives so far: which, whether read-only, of which drive.
     claimed: Vec<(FileId, bool, String)>,
-    parts: Parts<'a>,
+    pub(super) parts: Parts<'a>,
 }
 
-impl Builder<'_> {
+impl<'a> Builder<'a> {
+    pub(super) fn new(vm: &'a mut Vm, memory: GuestMemory, parts: Parts<'a>) -> Self {
+        Self {
+            vm,
+            memory,
+            bus: GuestBus::default(),
+            devices: Vec::new(),
+            windows: Vec::new(),
+            claimed: Vec::new(),
+            pages: Vec::new(),
+            swallowed: Vec::new(),
+            parts,
+        }
+    }
+
+    /// Makes all that the configuration names, in the order in which guests find it.
+    pub(super) fn add_devices(&mut self, serial: &SerialState) -> Result<Handles> {
+        self.share_registers()?;
+        let drives = self.add_drives()?;
+        self.add_vsock()?;
+        self.add_rng()?;
+        let balloon = self.add_balloon()?;
+        let console = self.add_console()?;
+        let serial = self.add_platform(serial)?;
+        Ok(Handles {
+            drives,
+            balloon,
+            console,
+            serial,
+        })
+    }
+
+    /// Gives the vCPUs their threads; they are paused.
+    pub(super) fn start(self, vcpus: Vec<Vcpu>) -> Result<Running> {
+        let bus = Arc::new(self.bus);
+        let notifier = self.parts.notifier;
+        let vcpus = vcpus
+            .into_iter()
+            .map(|vcpu| {
+                let notifier = notifier.clone();
+                let on_fault = Box::new(move |fault| notifier.send(Notice::Fault(fault)));
+                vcpu.start(Arc::clone(&bus), on_fault)
+            })
+            .collect::<std::result::Result<_, _>>()?;
+        Ok(Running {
+            vcpus,
+            bus,
+            devices: self.devices,
+            swallowed: self.swallowed,
+            memory: self.memory,
+        })
+    }
+
     fn share_registers(&mut self) -> Result<()> {
         let pages = register_pages(layout::VIRTIO_MAX_DEVICES).map_err(device("registers"))?;
         if self.vm.map_registers(layout::VIRTIO_MMIO_START, &pages)? {
@@ -339,8 +399,7 @@ impl Builder<'_> {
         let Some(config) = &self.parts.config.balloon else {
             return Ok(None);
         };
-        let pages = Box::new(AnonymousPages::new());
-        let balloon = Balloon::new(config, pages).map_err(device("balloon"))?;
+        let balloon = Balloon::new(config, self.memory.pages()).map_err(device("balloon"))?;
         let handle = balloon.handle();
         self.add_virtio(Box::new(balloon))?;
         Ok(Some(handle))
@@ -380,7 +439,7 @@ impl Builder<'_> {
             Some(status) => Interrupt::with_register(line, status),
             None => Interrupt::new(line),
         };
-        let mut transport = Transport::new(device, Arc::clone(&self.ram), irq)
+        let mut transport = Transport::new(device, Arc::clone(&self.memory.ram), irq)
             .ok_or(AssembleError::TooManyDevices)?;
         if let Some(page) = page {
             transport.show_in(page);
@@ -409,10 +468,11 @@ impl Builder<'_> {
     }
 
     /// Serial port, reset, sleep registers, pvpanic, boot marker.
-    fn add_platform(&mut self) -> Result<()> {
+    fn add_platform(&mut self, serial: &SerialState) -> Result<SerialRegisters> {
         let notifier = self.parts.notifier.clone();
         let events: MachineEvents = Arc::new(move |event| notifier.send(Notice::Event(event)));
-        let serial = self.serial()?;
+        let serial = self.serial(serial)?;
+        let registers = serial.registers();
         let ports = &mut self.bus.ports;
         ports.insert(layout::COM1_PORT, 8, shared(serial))?;
         let reset = legacy::ResetController::new(events.clone());
@@ -433,10 +493,10 @@ impl Builder<'_> {
             8,
             shared(legacy::BootMarker::new(events)),
         )?;
-        Ok(())
+        Ok(registers)
     }
 
-    fn serial(&self) -> Result<legacy::Serial> {
+    fn serial(&self, state: &SerialState) -> Result<legacy::Serial> {
         let path = self
             .parts
             .config
@@ -454,7 +514,7 @@ impl Builder<'_> {
             None => rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3).ok(),
         };
         let line = Arc::new(self.vm.irqfd(layout::COM1_GSI)?);
-        legacy::Serial::new(line, output, SERIAL_LIMIT).map_err(device("serial port"))
+        legacy::Serial::from_state(state, line, output, SERIAL_LIMIT).map_err(device("serial port"))
     }
 
     fn write_boot_data(&mut self, kernel: &LoadedKernel, initrd: Option<(u64, u64)>) -> Result<()> {
@@ -464,11 +524,11 @@ impl Builder<'_> {
         };
         // With ACPI too: a kernel that finds the table at once need not search 64 KiB for it,
         // word by word; what it then uses is ACPI's.
-        mptable::write(&self.ram, cpus)?;
+        mptable::write(&self.memory.ram, cpus)?;
         let rsdp = match source.discovery {
             Discovery::Acpi => {
                 self.write_generation_id()?;
-                Some(acpi::write(&self.ram, cpus, &self.windows)?)
+                Some(acpi::write(&self.memory.ram, cpus, &self.windows)?)
             }
             Discovery::CommandLine => {
                 self.vm.create_pit()?;
@@ -481,15 +541,17 @@ impl Builder<'_> {
             initrd,
             rsdp,
         };
-        Ok(boot::write(&self.ram, kernel, &info)?)
+        Ok(boot::write(&self.memory.ram, kernel, &info)?)
     }
 
-    fn write_generation_id(&self) -> Result<()> {
+    /// A new one, which nobody has had.
+    pub(super) fn write_generation_id(&self) -> Result<()> {
         let mut id = [0u8; 16];
         File::open("/dev/urandom")
             .and_then(|mut random| random.read_exact(&mut id))
             .map_err(device("VM generation id"))?;
-        self.ram
+        self.memory
+            .ram
             .write_slice(&id, GuestAddress(layout::VM_GENERATION_ID))
             .map_err(AssembleError::Ram)
     }

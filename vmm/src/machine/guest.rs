@@ -1,11 +1,16 @@
 //! A built guest: its vCPUs, devices and the handles the API reaches them by.
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::kvm::{GuestBus, VcpuError, VcpuThread, Vm};
+use crate::legacy::SerialRegisters;
+use crate::memory::GuestRam;
+use crate::memory::discard::{AnonymousPages, GuestPages};
+use crate::memory::template::{TemplatePages, Zeroed};
 use crate::virtio::balloon::BalloonHandle;
 use crate::virtio::blk;
 use crate::virtio::console::ConsoleHandle;
@@ -15,7 +20,7 @@ use super::events::DeviceEvents;
 
 /// How long the vCPUs may take to leave guest mode. It does so at once, unless the host is
 /// in deep trouble.
-const PAUSE_WITHIN: Duration = Duration::from_secs(5);
+pub(super) const PAUSE_WITHIN: Duration = Duration::from_secs(5);
 
 /// What the machine keeps of a drive.
 pub(super) struct DriveHandle {
@@ -24,9 +29,44 @@ pub(super) struct DriveHandle {
     pub(super) read_only: bool,
 }
 
+/// Guest RAM and what it is made of.
+pub(super) struct GuestMemory {
+    pub(super) ram: Arc<GuestRam>,
+    /// The memory file that RAM is a private view of, if the guest was restored.
+    pub(super) template: Option<File>,
+    /// What the balloon took.
+    pub(super) zeroed: Zeroed,
+}
+
+impl GuestMemory {
+    pub(super) fn booted(ram: Arc<GuestRam>) -> Self {
+        Self {
+            ram,
+            template: None,
+            zeroed: Zeroed::default(),
+        }
+    }
+
+    pub(super) fn restored(ram: Arc<GuestRam>, template: File) -> Self {
+        Self {
+            template: Some(template),
+            ..Self::booted(ram)
+        }
+    }
+
+    /// How its pages are given back.
+    pub(super) fn pages(&self) -> Box<dyn GuestPages> {
+        let zeroed = self.zeroed.clone();
+        if self.template.is_some() {
+            return Box::new(TemplatePages::new(zeroed));
+        }
+        let hook = Box::new(move |range| zeroed.insert(range));
+        Box::new(AnonymousPages::with_hook(hook))
+    }
+}
+
 pub(super) struct Guest {
-    /// Keeps the VM's descriptor open, and with it memory slots and irqfds.
-    pub(super) _vm: Vm,
+    pub(super) vm: Vm,
     /// Registered with KVM, read by nobody.
     pub(super) _swallowed: Vec<EventFd>,
     pub(super) vcpus: Vec<VcpuThread>,
@@ -35,6 +75,8 @@ pub(super) struct Guest {
     pub(super) drives: BTreeMap<String, DriveHandle>,
     pub(super) balloon: Option<BalloonHandle>,
     pub(super) console: ConsoleHandle,
+    pub(super) serial: SerialRegisters,
+    pub(super) memory: GuestMemory,
 }
 
 impl Guest {

@@ -7,7 +7,9 @@ mod ending;
 mod events;
 mod guest;
 mod image;
+mod restore;
 mod run;
+mod save;
 mod signals;
 
 pub use ending::Ending;

@@ -12,15 +12,15 @@ use super::assemble::{self, Parts, Prepared};
 use super::ending::Ending;
 use super::events::{Notice, Notices, Notifier, Subscriber, Woken};
 use super::guest::Guest;
-use super::signals;
+use super::{restore, save, signals};
 use crate::api::args::{self, Args, Invocation};
 use crate::api::{
     Action, ApiHandle, ApiServer, Body, Command, CommandReceiver, Configurator, Effect, Fault,
-    InstanceState, Published, Request, ServerOptions, channel,
+    InstanceState, Phase, Published, Request, ServerOptions, channel,
 };
 use crate::backend::inherited;
 use crate::backend::unix::SocketFile;
-use crate::config::{Expect, Logger, Source, VmConfig};
+use crate::config::{Expect, Logger, SnapshotCreate, SnapshotLoad, Source, VmConfig};
 use crate::legacy::MachineEvent;
 use crate::metrics::{FLUSH_PERIOD, Metrics, Registry};
 use crate::{log, log_debug, log_error, log_info, log_limited, log_warn};
@@ -355,6 +355,8 @@ impl Machine {
             Effect::Start => self.start()?,
             Effect::Pause => self.pause()?,
             Effect::Resume => self.resume(),
+            Effect::CreateSnapshot(create) => self.create_snapshot(create)?,
+            Effect::LoadSnapshot(load) => self.load_snapshot(load)?,
             Effect::FlushMetrics => self.write_metrics().map_err(Fault::from_error)?,
             Effect::SendCtrlAltDel => return Err(no_keyboard()),
             Effect::Stop => self.ending = Some(Ending::Stopped),
@@ -380,6 +382,75 @@ impl Machine {
             .transpose()
             .map_err(Fault::from_error)?;
         assemble::prepare(vcpu_count, dev_kvm).map_err(Fault::from_error)
+    }
+
+    fn create_snapshot(&self, create: &SnapshotCreate) -> Result<(), Fault> {
+        let Some(guest) = &self.guest else {
+            return Ok(());
+        };
+        let (config, descriptors) = (self.configurator.config(), self.configurator.descriptors());
+        save::create(guest, config, descriptors, create).map_err(Fault::from_error)
+    }
+
+    fn load_snapshot(&mut self, load: &SnapshotLoad) -> Result<(), Fault> {
+        self.guest_started = Some(Instant::now());
+        let descriptors = self.configurator.descriptors();
+        let own = self.configurator.config();
+        let snapshot =
+            restore::Snapshot::open(load, own, descriptors).map_err(Fault::from_error)?;
+        let vcpu_count = snapshot.config().machine_config.vcpu_count;
+        if let Phase::Configuring {
+            prepared: Some(ready),
+        } = self.configurator.phase()
+            && ready != vcpu_count
+        {
+            return Err(Fault::new(format!(
+                "/snapshot/load: this VMM was prepared for {ready} vCPUs, and the snapshot has \
+                 {vcpu_count}; start another one"
+            )));
+        }
+        let prepared = match self.prepared.take() {
+            Some(prepared) => prepared,
+            None => self.prepare(vcpu_count)?,
+        };
+        let config = snapshot.config().clone();
+        let mut made = Vec::new();
+        let restored = snapshot.restore(
+            prepared,
+            Parts {
+                config: &config,
+                descriptors: self.configurator.descriptors(),
+                notifier: &self.notifier,
+                metrics: self.metrics.registry(),
+                sockets: &mut made,
+            },
+        );
+        self.guest = Some(self.keep_sockets(made, restored)?);
+        self.configurator.adopt(config);
+        if load.resume_vm {
+            self.resume();
+        }
+        log_info!(
+            "snapshot loaded in {} us",
+            self.guest_started.map_or(0, |at| at.elapsed().as_micros())
+        );
+        Ok(())
+    }
+
+    /// Socket files of a guest are removed at the end, and at once if it was not built.
+    fn keep_sockets(
+        &self,
+        mut made: Vec<SocketFile>,
+        built: Result<Guest, assemble::AssembleError>,
+    ) -> Result<Guest, Fault> {
+        self.sockets
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .append(&mut made);
+        built.map_err(|error| {
+            remove(&self.sockets);
+            Fault::from_error(error)
+        })
     }
 
     fn start(&mut self) -> Result<(), Fault> {
@@ -413,15 +484,7 @@ impl Machine {
                 sockets: &mut made,
             },
         );
-        self.sockets
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .append(&mut made);
-        let guest = built.map_err(|error| {
-            remove(&self.sockets);
-            Fault::from_error(error)
-        })?;
-        self.guest = Some(guest);
+        self.guest = Some(self.keep_sockets(made, built)?);
         self.resume();
         log_info!("guest started");
         Ok(())

@@ -1,11 +1,16 @@
 //! Guest RAM: where it lies, how it is mapped, what the host may do with it.
 //!
 //! RAM of a booted guest is private anonymous memory, so that exactly the pages the guest
-//! touched exist; the mappings are named `guest-ram` for whoever reads `/proc/PID/smaps`.
+//! touched exist; the mappings are named `guest-ram` for whoever reads `/proc/PID/smaps`. RAM of a
+//! restored guest is a private view of a memory file ([`template`]).
 #![allow(unsafe_code)]
 pub mod discard;
+pub mod dump;
+pub mod ranges;
 pub mod registers;
+mod scan;
 pub mod segment;
+pub mod template;
 
 use std::io;
 
@@ -27,6 +32,8 @@ pub enum MemoryError {
     Map { mib: u64, source: io::Error },
     #[error("guest RAM region at {start:#x} is not usable: {source}")]
     Region { start: u64, source: MmapRegionError },
+    #[error("the memory file has {found} bytes, and the guest's RAM {wanted}")]
+    FileSize { found: u64, wanted: u64 },
     #[error("guest RAM regions overlap or wrap around")]
     Layout,
 }
@@ -41,6 +48,14 @@ pub struct Slot {
 
 /// Maps `mib` MiB of zeroed guest RAM: below the MMIO hole, the rest from 4 GiB on.
 pub fn allocate(mib: u64) -> Result<GuestRam, MemoryError> {
+    build(mib, map_aligned)
+}
+
+/// Makes RAM of regions that `map` maps, by their lengths.
+fn build(
+    mib: u64,
+    mut map: impl FnMut(usize) -> io::Result<*mut u8>,
+) -> Result<GuestRam, MemoryError> {
     let bytes = mib
         .checked_mul(1 << 20)
         .filter(|b| *b <= usize::MAX as u64 / 2)
@@ -48,7 +63,7 @@ pub fn allocate(mib: u64) -> Result<GuestRam, MemoryError> {
     let mut regions = Vec::with_capacity(2);
     for (start, len) in layout::ram_ranges(bytes) {
         let len = len as usize;
-        let host = map_aligned(len).map_err(|source| MemoryError::Map { mib, source })?;
+        let host = map(len).map_err(|source| MemoryError::Map { mib, source })?;
         // SAFETY: `host` is a fresh private mapping of `len` bytes that nobody else knows of
         // and that is never unmapped: guest RAM lives as long as the process.
         let mapping = unsafe {

@@ -114,6 +114,13 @@ impl Interrupt {
             .fetch_and(!bits | self.always_on(), Ordering::AcqRel);
     }
 
+    /// Status and configuration generation, as they were saved.
+    pub fn restore(&self, status: u32, generation: u32) {
+        let status = status & (USED_RING | CONFIG_CHANGED) | self.always_on();
+        self.word().store(status, Ordering::Release);
+        self.generation.store(generation, Ordering::Release);
+    }
+
     /// Device reset.
     pub fn reset(&self) {
         self.word().store(self.always_on(), Ordering::Release);
@@ -174,6 +181,35 @@ pub enum DeviceError {
     },
 }
 
+/// What a device keeps beside its queues and its configuration, as far as a snapshot has to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum DeviceState {
+    #[default]
+    Nothing,
+    Block {
+        /// In sectors of 512 bytes, as the driver knows it.
+        capacity: u64,
+    },
+    Balloon {
+        target_pages: u32,
+        actual_pages: u32,
+        hinting_host_cmd: u32,
+        hinting_guest_cmd: Option<u32>,
+        hinting_acknowledge: bool,
+    },
+}
+
+/// Why a device cannot be what it was when it was saved.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    #[error("the snapshot's state is not that of such a device: {0}")]
+    Invalid(String),
+    #[error("the drive has {found} sectors, and the guest knows {known}: give it the same disk")]
+    Smaller { found: u64, known: u64 },
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
 /// One virtio device. Implementations are `Send`, never block on anything a guest or a
 /// peer controls, and do at most a queue's length of work per call.
 pub trait VirtioDevice: Send {
@@ -228,6 +264,27 @@ pub trait VirtioDevice: Send {
     /// until the next call. Before pause and snapshot.
     fn drain(&mut self, _io: &mut DeviceIo<'_>) -> Result<(), DeviceError> {
         Ok(())
+    }
+
+    /// What a snapshot keeps of the device, which is drained.
+    fn save(&self) -> DeviceState {
+        DeviceState::Nothing
+    }
+
+    /// Becomes, before the event loop or a driver has ever called it, the device that was saved.
+    /// `io` is there if that one was active, with `features` agreed; the queues stand where they
+    /// stood and will be looked at once when the machine resumes.
+    fn restore(
+        &mut self,
+        _io: Option<&mut DeviceIo<'_>>,
+        _features: u64,
+        state: &DeviceState,
+    ) -> Result<(), RestoreError> {
+        if *state == DeviceState::Nothing {
+            Ok(())
+        } else {
+            Err(RestoreError::Invalid(format!("{state:?}")))
+        }
     }
 
     /// Back to the state before `activate`. The transport has drained the device, and resets

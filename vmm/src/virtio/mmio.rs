@@ -4,6 +4,8 @@
 //! Queue registers can be set only between FEATURES_OK and DRIVER_OK, and a queue works only
 //! after it was found valid: a driver that moves a queue under a working device was the way
 //! out of a peer's sandbox.
+mod state;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_config::{
@@ -19,6 +21,8 @@ use crate::bus::BusDevice;
 use crate::log::Level;
 use crate::memory::GuestRam;
 use crate::memory::registers::RegisterPage;
+
+pub use self::state::TransportState;
 
 /// Register offsets (§4.2.2).
 pub mod register {

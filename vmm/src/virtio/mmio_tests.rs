@@ -5,6 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::memory::allocate;
+use crate::virtio::device::RestoreError;
 use crate::virtio::testing::CountingLine;
 
 /// What a device was told, in order.
@@ -367,4 +368,86 @@ fn the_page_shows_a_change_before_the_interrupt_tells_of_it() {
     transport.host_ready(3);
     assert_eq!(*reader.seen.lock().unwrap(), [(3, 1)]);
     assert_eq!(reader.read(register::INTERRUPT_STATUS) & 2, 2);
+}
+
+fn copy_of(driver: &Driver, state: &TransportState) -> Result<Driver, RestoreError> {
+    let mut copy = Driver::new();
+    copy.transport.mem = Arc::clone(&driver.transport.mem);
+    copy.transport.restore(state)?;
+    Ok(copy)
+}
+
+#[test]
+fn a_restored_device_is_where_its_original_was() {
+    let mut driver = Driver::new();
+    let fresh = driver.transport.save();
+    driver.start();
+    driver.transport.queues[1].set_next_avail(65535);
+    driver.transport.irq.used_ring();
+    driver.calls();
+    let state = driver.transport.save();
+    let mut copy = copy_of(&driver, &state).unwrap();
+    assert_eq!(copy.transport.save(), state);
+    assert_eq!(copy.read(register::STATUS), RUNNING);
+    assert_eq!(copy.read(register::INTERRUPT_STATUS), 1);
+    assert_eq!(copy.calls(), [], "no driver activated it");
+    copy.transport.resume();
+    assert_eq!(copy.calls(), [Call::Kick(0), Call::Kick(1)]);
+    copy.write(register::STATUS, 0);
+    assert_eq!(copy.calls(), [Call::Drain, Call::Reset]);
+    assert_eq!(copy.transport.save(), fresh);
+}
+
+#[test]
+fn states_that_no_driver_brings_about_are_refused() {
+    let mut driver = Driver::new();
+    driver.start();
+    let good = driver.transport.save();
+    let spoil: [fn(&mut TransportState); 9] = [
+        |s| s.device_type = 2,
+        |s| s.status = DRIVER_OK,
+        |s| s.status |= 1 << 9,
+        |s| s.driver_features = 1 << 6 | VERSION_1,
+        |s| s.driver_features = 0,
+        |s| s.queues.truncate(1),
+        |s| s.queues[0].max_size = 1024,
+        |s| s.queues[0].desc_table = 1 << 40,
+        |s| s.device = crate::virtio::device::DeviceState::Block { capacity: 1 },
+    ];
+    for (number, spoil) in spoil.iter().enumerate() {
+        let mut state = good.clone();
+        spoil(&mut state);
+        assert!(copy_of(&driver, &state).is_err(), "spoilt in way {number}");
+    }
+}
+
+proptest! {
+    /// Any numbers: refused, or a device that keeps its promises to drivers.
+    #[test]
+    fn hostile_states_harm_nobody(
+        status: u32, features: u64, sel: u32,
+        queue in (any::<u16>(), any::<u16>(), any::<u16>(), any::<bool>(), any::<[u64; 3]>()),
+        writes in prop::collection::vec((0u64..0x200, any::<u32>()), 0..20),
+    ) {
+        let mut driver = Driver::new();
+        driver.start();
+        let mut state = driver.transport.save();
+        state.status = status & 0xff;
+        state.driver_features = features & OFFERED | VERSION_1;
+        state.queue_sel = sel;
+        let (next_avail, next_used, size, ready, [desc, avail, used]) = queue;
+        let first = &mut state.queues[0];
+        (first.next_avail, first.next_used) = (next_avail, next_used);
+        first.size = size;
+        first.ready = ready;
+        (first.desc_table, first.avail_ring, first.used_ring) = (desc, avail, used);
+        if let Ok(mut copy) = copy_of(&driver, &state) {
+            // The recorder asserts that its queues are ready and valid.
+            copy.transport.resume();
+            for (register, value) in writes {
+                copy.write(register, value);
+            }
+            copy.transport.drain();
+        }
+    }
 }

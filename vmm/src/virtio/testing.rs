@@ -22,7 +22,9 @@ use virtio_queue::desc::{RawDescriptor, split::Descriptor};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::device::{DeviceError, DeviceIo, Interrupt, InterruptLine, VirtioDevice};
+use super::device::{
+    DeviceError, DeviceIo, DeviceState, Interrupt, InterruptLine, RestoreError, VirtioDevice,
+};
 use crate::memory::GuestRam;
 
 #[path = "testing_hostile.rs"]
@@ -188,6 +190,15 @@ impl<D: VirtioDevice> Harness<D> {
         }
         self.active = true;
         self.with_io(|device, io| device.activate(io, features))
+    }
+
+    /// The device becomes one whose driver is up, with `features` agreed.
+    pub fn restore(&mut self, features: u64, state: &DeviceState) -> Result<(), RestoreError> {
+        for queue in &mut self.queues {
+            queue.set_event_idx(features & EVENT_IDX != 0);
+        }
+        self.active = true;
+        self.with_io(|device, io| device.restore(Some(io), features, state))
     }
 
     /// The driver writes 0 to the status: drained, reset, queues as after power-on.

@@ -136,7 +136,7 @@ fn garbage_half_slow_and_huge_requests() {
     vmm.action("SendCtrlAltDel").refuses(&["SendCtrlAltDel"]);
     vmm.action("Explode").refuses(&["Explode"]);
     vmm.call("PUT", "/snapshot/create", &json!({}))
-        .refuses(&["/snapshot", "not offered"]);
+        .refuses(&["snapshot_path"]);
     vmm.call("GET", "/nowhere", &Value::Null)
         .refuses(&["/nowhere"]);
     guest.answers();

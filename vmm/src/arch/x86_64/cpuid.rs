@@ -219,6 +219,83 @@ fn describe(entry: &mut kvm_cpuid_entry2, index: u8, count: u8) {
     }
 }
 
+/// Why a saved vCPU cannot run here.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OtherCpu {
+    #[error("it was saved on a processor by {saved:?}, and this one is by {here:?}")]
+    Vendor { saved: String, here: String },
+    #[error(
+        "the guest uses processor features that this host lacks: CPUID leaf {leaf:#x}, {register}, bits {missing:#x}"
+    )]
+    Feature {
+        leaf: u32,
+        register: &'static str,
+        missing: u32,
+    },
+}
+
+/// Whether a guest that was told `saved` finds all of it on a host that offers `here`. Only
+/// features count, and who made the processor; the rest is description.
+pub fn check_portable(saved: &[kvm_cpuid_entry2], here: &CpuId) -> Result<(), OtherCpu> {
+    let find = |list: &[kvm_cpuid_entry2], leaf, index| {
+        let mut entries = list.iter();
+        let found = entries.find(|e| e.function == leaf && e.index == index);
+        found.copied().unwrap_or_default()
+    };
+    let here = here.as_slice();
+    let (was, is) = (vendor(&find(saved, 0, 0)), vendor(&find(here, 0, 0)));
+    if was != is {
+        return Err(OtherCpu::Vendor {
+            saved: was,
+            here: is,
+        });
+    }
+    for (leaf, index, registers) in FEATURES {
+        let (saved, here) = (find(saved, leaf, index), find(here, leaf, index));
+        let all = [
+            ("eax", saved.eax & !here.eax),
+            ("ebx", saved.ebx & !here.ebx),
+            ("ecx", saved.ecx & !here.ecx),
+            ("edx", saved.edx & !here.edx),
+        ];
+        let ours = if (leaf, index) == (1, 0) { GIVEN } else { 0 };
+        for (register, missing) in all {
+            let missing = if register == "ecx" {
+                missing & !ours
+            } else {
+                missing
+            };
+            if registers.contains(&register) && missing != 0 {
+                return Err(OtherCpu::Feature {
+                    leaf,
+                    register,
+                    missing,
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Bits of leaf 1, ECX, that KVM does not list, or that follow a control register (OSXSAVE).
+const GIVEN: u32 = TSC_DEADLINE | HYPERVISOR | 1 << 27;
+
+/// Where features are told: leaf, index, registers.
+const FEATURES: [(u32, u32, &[&str]); 7] = [
+    (1, 0, &["ecx"]),
+    (7, 0, &["ebx", "ecx", "edx"]),
+    (7, 1, &["eax"]),
+    (0xd, 0, &["eax", "edx"]),
+    (0xd, 1, &["eax"]),
+    (0x8000_0001, 0, &["ecx", "edx"]),
+    (0x4000_0001, 0, &["eax"]),
+];
+
+fn vendor(leaf: &kvm_cpuid_entry2) -> String {
+    let bytes = [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes);
+    String::from_utf8_lossy(bytes.as_flattened()).into_owned()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -326,6 +403,31 @@ mod tests {
         assert_ne!(find(&cpuid, 7).ebx & 1 << 16, 0);
         assert_eq!(find(&cpuid, 0x8000_0001).ecx & 1 << 2, 0, "SVM");
         assert!(cpuid.as_slice().iter().all(|e| e.function != 0x8000_000a));
+    }
+
+    #[test]
+    fn a_guest_runs_where_its_features_are() {
+        let host = CpuId::from_entries(&[entry(0, 0), entry(1, 0), entry(7, 0)]).unwrap();
+        let mut saved = make(host.as_slice(), 0, 1, Baseline::Portable)
+            .as_slice()
+            .to_vec();
+        assert_eq!(check_portable(&saved, &host), Ok(()));
+        let mut less = entry(7, 0);
+        less.ebx &= !(1 << 5);
+        let poorer = CpuId::from_entries(&[entry(0, 0), entry(1, 0), less]).unwrap();
+        let refused = check_portable(&saved, &poorer).unwrap_err();
+        let (register, missing) = ("ebx", 1 << 5);
+        assert_eq!(
+            refused,
+            OtherCpu::Feature {
+                leaf: 7,
+                register,
+                missing
+            }
+        );
+        saved[0].ebx = u32::from_le_bytes(*b"Auth");
+        let refused = check_portable(&saved, &host).unwrap_err();
+        assert!(refused.to_string().contains("Auth"), "{refused}");
     }
 
     #[test]

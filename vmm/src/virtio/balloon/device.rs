@@ -10,7 +10,9 @@ use crate::config::Balloon as Config;
 use crate::memory::GuestRam;
 use crate::memory::discard::{DiscardError, GuestPages};
 use crate::virtio::chain::{self, Budget, Chain, Outcome};
-use crate::virtio::device::{DeviceError, DeviceIo, HostEvent, VirtioDevice};
+use crate::virtio::device::{
+    DeviceError, DeviceIo, DeviceState, HostEvent, RestoreError, VirtioDevice,
+};
 
 /// Memory balloon device (virtio 1.2 §5).
 const DEVICE_TYPE: u32 = 5;
@@ -352,6 +354,25 @@ impl VirtioDevice for Balloon {
         // It is always the last that was taken.
         if let (Some(queue), Some(_)) = (queue, self.stats_head.take()) {
             queue.set_next_avail(queue.next_avail().wrapping_sub(1));
+        }
+        Ok(())
+    }
+
+    fn save(&self) -> DeviceState {
+        self.handle.lock().save()
+    }
+
+    fn restore(
+        &mut self,
+        io: Option<&mut DeviceIo<'_>>,
+        features: u64,
+        state: &DeviceState,
+    ) -> Result<(), RestoreError> {
+        if !self.handle.lock().restore(state) {
+            return Err(RestoreError::Invalid(format!("{state:?}")));
+        }
+        if io.is_some() {
+            self.agreed = features;
         }
         Ok(())
     }

@@ -10,6 +10,7 @@ use rustix::time::{
 
 use crate::config::{Balloon as Config, BalloonStats, GuestStats, HintingStatus};
 use crate::virtio::chain::Again;
+use crate::virtio::device::DeviceState;
 
 const PAGES_PER_MIB: u32 = 256;
 
@@ -90,6 +91,42 @@ impl Hinting {
     /// Whether ranges the guest sends now belong to the run the host asked for.
     pub(super) fn is_running(&self) -> bool {
         self.host_cmd >= CMD_FIRST && self.guest_cmd == Some(self.host_cmd)
+    }
+}
+
+impl Shared {
+    pub(super) fn save(&self) -> DeviceState {
+        DeviceState::Balloon {
+            target_pages: self.target_pages,
+            actual_pages: self.actual_pages,
+            hinting_host_cmd: self.hinting.host_cmd,
+            hinting_guest_cmd: self.hinting.guest_cmd,
+            hinting_acknowledge: self.hinting.acknowledge_on_stop,
+        }
+    }
+
+    /// `false`: this is not the state of a balloon. Statistics are asked for anew.
+    pub(super) fn restore(&mut self, state: &DeviceState) -> bool {
+        let DeviceState::Balloon {
+            target_pages,
+            actual_pages,
+            hinting_host_cmd,
+            hinting_guest_cmd,
+            hinting_acknowledge,
+        } = *state
+        else {
+            return false;
+        };
+        self.target_pages = target_pages;
+        self.actual_pages = actual_pages;
+        self.hinting = Hinting {
+            host_cmd: hinting_host_cmd,
+            guest_cmd: hinting_guest_cmd,
+            // The next run must not have the number of one that the guest knows.
+            last_run: hinting_host_cmd.max(hinting_guest_cmd.unwrap_or(0)),
+            acknowledge_on_stop: hinting_acknowledge,
+        };
+        true
     }
 }
 

@@ -58,6 +58,12 @@ impl ConfigSpace {
         self.put(0, &sectors.to_le_bytes());
     }
 
+    pub(super) fn capacity(&self) -> u64 {
+        self.0
+            .first_chunk()
+            .map_or(0, |bytes| u64::from_le_bytes(*bytes))
+    }
+
     /// Copies from `offset`; bytes beyond the end are zero.
     pub(super) fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);

@@ -25,7 +25,7 @@ pub use self::control::open_disk;
 use self::request::{ByteRange, ID_BYTES, Request, Rules, Status};
 use self::work::{InFlight, Work};
 use super::chain::{self, Again, Chain, Outcome};
-use super::device::{DeviceError, DeviceIo, HostEvent, VirtioDevice};
+use super::device::{DeviceError, DeviceIo, DeviceState, HostEvent, RestoreError, VirtioDevice};
 use crate::backend::disk::{Disk, Op, Started};
 use crate::config::IoEngine;
 use crate::memory::GuestRam;
@@ -461,6 +461,36 @@ impl VirtioDevice for Block {
     fn drain(&mut self, io: &mut DeviceIo<'_>) -> Result<(), DeviceError> {
         let result = self.complete(io, true);
         self.settled(result)
+    }
+
+    fn save(&self) -> DeviceState {
+        DeviceState::Block {
+            capacity: self.config.capacity(),
+        }
+    }
+
+    /// The disk may have grown meanwhile: then the driver is told. A smaller one would fail reads
+    /// of what the guest's file system knows to be there.
+    fn restore(
+        &mut self,
+        io: Option<&mut DeviceIo<'_>>,
+        features: u64,
+        state: &DeviceState,
+    ) -> Result<(), RestoreError> {
+        let DeviceState::Block { capacity: known } = *state else {
+            return Err(RestoreError::Invalid(format!("{state:?}")));
+        };
+        let found = self.config.capacity();
+        if found < known {
+            return Err(RestoreError::Smaller { found, known });
+        }
+        if let Some(io) = io {
+            self.work.features = features;
+            if found > known {
+                io.irq.config_changed();
+            }
+        }
+        Ok(())
     }
 
     fn reset(&mut self) {

@@ -15,6 +15,7 @@ pub mod connection;
 pub mod credit;
 pub mod greeting;
 mod host;
+mod interlude;
 pub mod muxer;
 pub mod packet;
 mod rx;
@@ -27,10 +28,11 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use self::host::{EVENTS, Host, Token};
+use self::interlude::Interlude;
 pub use self::muxer::Counters;
 use self::muxer::Muxer;
 use super::chain::Chain;
-use super::device::{DeviceError, DeviceIo, HostEvent, VirtioDevice};
+use super::device::{DeviceError, DeviceIo, DeviceState, HostEvent, RestoreError, VirtioDevice};
 use crate::backend::unix::{Listener, Spare};
 
 #[cfg(test)]
@@ -46,6 +48,7 @@ const F_EVENT_IDX: u64 = 1 << 29;
 /// one connection's credit; a guest keeps 8 event buffers.
 const RX: usize = 0;
 const TX: usize = 1;
+const EVENT: usize = 2;
 const QUEUE_SIZES: [u16; 3] = [128, 128, 16];
 
 /// Where connections of the guest to host ports go.
@@ -88,6 +91,7 @@ pub struct Vsock {
     /// Receive chains of one read of a host's socket.
     rx_chains: Vec<Chain>,
     spare: Spare,
+    interlude: Interlude,
 }
 
 impl Vsock {
@@ -110,12 +114,21 @@ impl Vsock {
             tx_chain: Chain::new(),
             rx_chains: vec![Chain::new()],
             spare: Spare::default(),
+            interlude: Interlude::default(),
         })
     }
 
     /// The guest's CID.
     pub fn guest_cid(&self) -> u64 {
         self.guest_cid
+    }
+
+    /// Starts to take connections.
+    fn listen(&mut self) -> Result<(), DeviceError> {
+        self.host.listen().map_err(|source| DeviceError::Host {
+            what: "listening for connections",
+            source,
+        })
     }
 
     /// Sends the guest what there is, and sees to it that time-outs and leftovers get a call.
@@ -173,14 +186,15 @@ impl VirtioDevice for Vsock {
     }
 
     fn activate(&mut self, io: &mut DeviceIo<'_>, _features: u64) -> Result<(), DeviceError> {
-        self.host.listen().map_err(|source| DeviceError::Host {
-            what: "listening for connections",
-            source,
-        })?;
+        self.interlude = Interlude::default();
+        self.listen()?;
         self.finish_call(io, false)
     }
 
     fn queue_notified(&mut self, io: &mut DeviceIo<'_>, queue: usize) -> Result<(), DeviceError> {
+        if !self.is_through(io)? {
+            return Ok(());
+        }
         let again = queue == TX && self.drain_tx(io)?;
         self.finish_call(io, again)
     }
@@ -213,6 +227,9 @@ impl VirtioDevice for Vsock {
             }
         }
         if let Some(io) = io {
+            if !self.is_through(io)? {
+                return Ok(());
+            }
             let again = again && self.drain_tx(io)?;
             self.finish_call(io, again)?;
         } else {
@@ -222,7 +239,25 @@ impl VirtioDevice for Vsock {
         Ok(())
     }
 
+    /// The parent's connections stay with the parent: the guest is told that they are gone.
+    fn restore(
+        &mut self,
+        io: Option<&mut DeviceIo<'_>>,
+        _features: u64,
+        state: &DeviceState,
+    ) -> Result<(), RestoreError> {
+        if *state != DeviceState::Nothing {
+            return Err(RestoreError::Invalid(format!("{state:?}")));
+        }
+        if let Some(io) = io {
+            self.interlude = Interlude::begin();
+            self.is_through(io)?;
+        }
+        Ok(())
+    }
+
     fn reset(&mut self) {
+        self.interlude = Interlude::default();
         self.host.reset(&mut self.muxer);
     }
 }

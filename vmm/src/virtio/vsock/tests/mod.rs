@@ -3,4 +3,5 @@ mod bad_drivers;
 mod guest;
 mod host_side;
 mod model;
+mod restore;
 mod streams;

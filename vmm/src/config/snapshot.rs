@@ -1,0 +1,249 @@
+//! `/snapshot/create` and `/snapshot/load`.
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+
+use super::{ConfigError, Source, check_id, refuse};
+
+/// How much of RAM a snapshot holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub enum SnapshotType {
+    #[default]
+    Full,
+    /// What may differ from the memory file the guest was loaded from, or from zeros.
+    Diff,
+}
+
+/// `PUT /snapshot/create`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotCreate {
+    #[serde(default)]
+    pub snapshot_type: SnapshotType,
+    /// Where the state goes. A file at that path is replaced, never changed; a descriptor must be
+    /// an empty regular file.
+    pub snapshot_path: Source,
+    /// Where RAM goes, the same way.
+    pub mem_file_path: Source,
+}
+
+/// `PUT /snapshot/load`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "RawLoad")]
+pub struct SnapshotLoad {
+    pub snapshot_path: Source,
+    /// A memory file, which must not change while the guest runs.
+    pub mem_file_path: Source,
+    /// Whether the guest runs at once.
+    pub resume_vm: bool,
+    /// Whether the guest's clocks go on by the time that has passed, or from where they stood.
+    pub clock_realtime: bool,
+    /// Takes the place of the socket in the snapshot.
+    pub vsock: Option<Source>,
+    /// Take the place of files in the snapshot, by `drive_id`.
+    pub drives: BTreeMap<String, Source>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawLoad {
+    snapshot_path: Source,
+    #[serde(default)]
+    mem_file_path: Option<Source>,
+    #[serde(default)]
+    mem_backend: Option<RawBackend>,
+    #[serde(default)]
+    enable_diff_snapshots: Option<bool>,
+    #[serde(default)]
+    track_dirty_pages: Option<bool>,
+    #[serde(default)]
+    resume_vm: bool,
+    #[serde(default)]
+    clock_realtime: bool,
+    #[serde(default)]
+    network_overrides: Vec<IgnoredAny>,
+    #[serde(default)]
+    vsock_override: Option<RawVsock>,
+    #[serde(default)]
+    drive_overrides: Vec<RawDrive>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawBackend {
+    backend_type: RawBackendType,
+    backend_path: Source,
+}
+
+#[derive(Deserialize)]
+enum RawBackendType {
+    File,
+    Uffd,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawVsock {
+    uds_path: Source,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawDrive {
+    drive_id: String,
+    path_on_host: Source,
+}
+
+impl TryFrom<RawLoad> for SnapshotLoad {
+    type Error = ConfigError;
+    fn try_from(raw: RawLoad) -> Result<Self, ConfigError> {
+        let mem_file_path = match (raw.mem_file_path, raw.mem_backend) {
+            (Some(path), None) => path,
+            (
+                None,
+                Some(RawBackend {
+                    backend_type: RawBackendType::File,
+                    backend_path,
+                }),
+            ) => backend_path,
+            (None, Some(_)) => {
+                return Err(ConfigError::new(
+                    "mem_backend.backend_type",
+                    "\"Uffd\" is not offered by this version; use \"File\"",
+                ));
+            }
+            _ => {
+                return Err(ConfigError::new(
+                    "mem_backend",
+                    "exactly one of mem_backend and mem_file_path is needed",
+                ));
+            }
+        };
+        for (field, value) in [
+            ("enable_diff_snapshots", raw.enable_diff_snapshots),
+            ("track_dirty_pages", raw.track_dirty_pages),
+        ] {
+            if value == Some(true) {
+                return Err(ConfigError::new(
+                    field,
+                    "not offered: what changed is found by scanning, so that Diff snapshots \
+                     work without; leave the field out",
+                ));
+            }
+        }
+        refuse(
+            "network_overrides",
+            raw.network_overrides.first(),
+            "this version has no network devices",
+        )?;
+        let mut drives = BTreeMap::new();
+        for RawDrive {
+            drive_id,
+            path_on_host,
+        } in raw.drive_overrides
+        {
+            check_id("drive_overrides.drive_id", &drive_id)?;
+            if drives.insert(drive_id.clone(), path_on_host).is_some() {
+                return Err(ConfigError::new(
+                    "drive_overrides",
+                    format_args!("{drive_id:?} is there twice"),
+                ));
+            }
+        }
+        Ok(Self {
+            snapshot_path: raw.snapshot_path,
+            mem_file_path,
+            resume_vm: raw.resume_vm,
+            clock_realtime: raw.clock_realtime,
+            vsock: raw.vsock_override.map(|vsock| vsock.uds_path),
+            drives,
+        })
+    }
+}
+
+impl SnapshotLoad {
+    /// All sources, each with the field it stands in.
+    pub fn sources(&self) -> impl Iterator<Item = (&'static str, &Source)> {
+        [
+            ("snapshot_path", &self.snapshot_path),
+            ("mem_file_path", &self.mem_file_path),
+        ]
+        .into_iter()
+        .chain(self.vsock.iter().map(|source| ("vsock_override", source)))
+        .chain(
+            self.drives
+                .values()
+                .map(|source| ("drive_overrides", source)),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::parse;
+    use super::*;
+
+    fn load(text: &str) -> Result<SnapshotLoad, String> {
+        parse(text.as_bytes()).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn a_load_as_its_clients_send_it() {
+        let load = load(
+            r#"{"snapshot_path": "s", "mem_backend": {"backend_type": "File", "backend_path": "fd:ram"},
+                "enable_diff_snapshots": false, "resume_vm": true, "network_overrides": [],
+                "vsock_override": {"uds_path": "v.sock"},
+                "drive_overrides": [{"drive_id": "a", "path_on_host": "other"}]}"#,
+        )
+        .unwrap();
+        assert_eq!(load.mem_file_path, Source::Fd("ram".into()));
+        assert!(load.resume_vm && !load.clock_realtime);
+        assert_eq!(load.drives.len(), 1);
+        assert_eq!(load.sources().count(), 4);
+    }
+
+    #[test]
+    fn what_is_not_offered_is_named() {
+        for (fields, text) in [
+            ("", "exactly one"),
+            (
+                r#","mem_file_path":"m","mem_backend":{"backend_type":"File","backend_path":"m"}"#,
+                "exactly one",
+            ),
+            (
+                r#","mem_backend":{"backend_type":"Uffd","backend_path":"m"}"#,
+                "Uffd",
+            ),
+            (
+                r#","mem_file_path":"m","track_dirty_pages":true"#,
+                "track_dirty_pages",
+            ),
+            (
+                r#","mem_file_path":"m","network_overrides":[{}]"#,
+                "network_overrides",
+            ),
+            (r#","mem_file_path":"m","colour":"red""#, "colour"),
+            (
+                r#","mem_file_path":"m","drive_overrides":[{"drive_id":"a","path_on_host":"x"},{"drive_id":"a","path_on_host":"y"}]"#,
+                "twice",
+            ),
+        ] {
+            let error = load(&format!(r#"{{"snapshot_path":"s"{fields}}}"#)).unwrap_err();
+            assert!(error.contains(text), "{error} does not say {text}");
+        }
+    }
+
+    #[test]
+    fn a_create_is_full_unless_it_says_diff() {
+        let create = |text: &str| parse::<SnapshotCreate>(text.as_bytes());
+        let paths = r#""snapshot_path": "s", "mem_file_path": "m""#;
+        assert_eq!(
+            create(&format!("{{{paths}}}")).unwrap().snapshot_type,
+            SnapshotType::Full
+        );
+        let diff = create(&format!(r#"{{{paths}, "snapshot_type": "Diff"}}"#)).unwrap();
+        assert_eq!(diff.snapshot_type, SnapshotType::Diff);
+        assert!(create(r#"{"snapshot_path": "s"}"#).is_err());
+    }
+}

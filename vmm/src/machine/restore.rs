@@ -1,0 +1,191 @@
+//! Building a guest from a snapshot. Nothing of the file is trusted: see `snapshot`.
+use std::fs::File;
+use std::io::{self, Read};
+use std::sync::Arc;
+
+use super::assemble::{AssembleError, Builder, Parts, Prepared, Result as Assembled};
+use super::guest::{Guest, GuestMemory};
+use crate::arch::x86_64::{cpuid, layout};
+use crate::config::{
+    Descriptors, Discovery, Expect, OpenError, SnapshotLoad, Source, VmConfig, Vsock,
+};
+use crate::kvm::Vcpu;
+use crate::memory::template;
+use crate::snapshot::{self, FormatError, Saved, format};
+use crate::virtio::device::InterruptLine;
+use crate::virtio::mmio::lock;
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LoadError {
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error("snapshot_path: {path} cannot be read: {source}")]
+    Read { path: String, source: io::Error },
+    #[error("snapshot_path: {path}: {source}")]
+    Format { path: String, source: FormatError },
+    #[error(
+        "mem_backend: {path} has {found} bytes, and the snapshot's guest {wanted} bytes of RAM: it is not the memory file of this snapshot"
+    )]
+    MemorySize {
+        path: String,
+        found: u64,
+        wanted: u64,
+    },
+    #[error("drive_overrides: the snapshot has no drive {0:?}")]
+    NoDrive(String),
+    #[error("vsock_override: the snapshot has no vsock device")]
+    NoVsock,
+}
+
+/// A snapshot whose files were looked at.
+pub(super) struct Snapshot {
+    saved: Saved,
+    ram: File,
+    advance: bool,
+}
+
+impl Snapshot {
+    /// Reads the state, and sees whether the memory file fits. `own` is this process's
+    /// configuration: logger, metrics, console and serial port are its own and not the snapshot's.
+    pub(super) fn open(
+        load: &SnapshotLoad,
+        own: &VmConfig,
+        descriptors: &Descriptors,
+    ) -> Result<Self, LoadError> {
+        let path = load.snapshot_path.to_string();
+        let file = descriptors.open("snapshot_path", &load.snapshot_path, Expect::ReadFile)?;
+        let mut bytes = Vec::new();
+        // One byte more than there can be, so that it is noticed.
+        let read = file
+            .take(format::MAX_LEN as u64 + 1)
+            .read_to_end(&mut bytes);
+        if let Err(source) = read {
+            return Err(LoadError::Read { path, source });
+        }
+        let mut saved =
+            snapshot::decode(&bytes).map_err(|source| LoadError::Format { path, source })?;
+        override_config(&mut saved.config, load, own)?;
+        let ram = descriptors.open("mem_backend", &load.mem_file_path, Expect::ReadFile)?;
+        let path = load.mem_file_path.to_string();
+        let found = match ram.metadata() {
+            Ok(metadata) => metadata.len(),
+            Err(source) => return Err(LoadError::Read { path, source }),
+        };
+        let wanted = u64::from(saved.config.machine_config.mem_size_mib) << 20;
+        if found != wanted {
+            return Err(LoadError::MemorySize {
+                path,
+                found,
+                wanted,
+            });
+        }
+        Ok(Self {
+            saved,
+            ram,
+            advance: load.clock_realtime,
+        })
+    }
+
+    /// The guest's configuration, with the overrides.
+    pub(super) fn config(&self) -> &VmConfig {
+        &self.saved.config
+    }
+
+    /// Builds the guest; its vCPUs are paused.
+    pub(super) fn restore(self, prepared: Prepared, parts: Parts<'_>) -> Assembled<Guest> {
+        let saved = &self.saved;
+        let Prepared {
+            mut vm,
+            vcpus,
+            cpuid: here,
+        } = prepared;
+        for vcpu in &saved.vcpus {
+            cpuid::check_portable(&vcpu.cpuid, &here)?;
+        }
+        let mib = u64::from(saved.config.machine_config.mem_size_mib);
+        let ram = Arc::new(template::map_file(&self.ram, mib)?);
+        let memory = GuestMemory::restored(Arc::clone(&ram), self.ram);
+        let mut builder = Builder::new(&mut vm, memory, parts);
+        let handles = builder.add_devices(&saved.serial)?;
+        builder.vm.map_ram(&ram)?;
+        restore_vcpus(&vcpus, saved)?;
+        builder.vm.restore(&saved.vm, self.advance)?;
+        // Devices last: restoring the interrupt controllers would overwrite what they raise.
+        restore_devices(&builder, saved)?;
+        tell_generation(&builder, saved)?;
+        let running = builder.start(vcpus)?;
+        Ok(running.into_guest(vm, handles))
+    }
+}
+
+/// Drives and sockets by name: what a path meant where the snapshot was taken it need not mean
+/// here.
+fn override_config(
+    config: &mut VmConfig,
+    load: &SnapshotLoad,
+    own: &VmConfig,
+) -> Result<(), LoadError> {
+    for (id, source) in &load.drives {
+        let drive = config.drives.iter_mut().find(|d| d.drive_id == *id);
+        let Some(drive) = drive else {
+            return Err(LoadError::NoDrive(id.clone()));
+        };
+        drive.path_on_host.clone_from(source);
+    }
+    match (&load.vsock, &mut config.vsock) {
+        (None, _) => {}
+        (Some(source), Some(vsock)) => override_vsock(vsock, source),
+        (Some(_), None) => return Err(LoadError::NoVsock),
+    }
+    config.serial.clone_from(&own.serial);
+    config.console.clone_from(&own.console);
+    config.logger.clone_from(&own.logger);
+    config.metrics.clone_from(&own.metrics);
+    Ok(())
+}
+
+fn override_vsock(vsock: &mut Vsock, source: &Source) {
+    vsock.uds_path.clone_from(source);
+}
+
+fn restore_vcpus(vcpus: &[Vcpu], saved: &Saved) -> Assembled<()> {
+    for (vcpu, state) in vcpus.iter().zip(&saved.vcpus) {
+        vcpu.restore(state)?;
+    }
+    Ok(())
+}
+
+fn restore_devices(builder: &Builder<'_>, saved: &Saved) -> Assembled<()> {
+    let (saved, made) = (&saved.devices, &builder.devices);
+    if saved.len() != made.len() {
+        let (saved, made) = (saved.len(), made.len());
+        return Err(AssembleError::DeviceCount { saved, made });
+    }
+    for (state, device) in saved.iter().zip(made) {
+        let mut transport = lock(&device.transport);
+        transport
+            .restore(state)
+            .map_err(|source| AssembleError::Restore {
+                device: transport.name().to_owned(),
+                source,
+            })?;
+    }
+    Ok(())
+}
+
+/// A new generation id, and the interrupt that makes Linux look at it and reseed.
+fn tell_generation(builder: &Builder<'_>, saved: &Saved) -> Assembled<()> {
+    let boot = saved.config.boot_source.as_ref();
+    if boot.is_none_or(|boot| boot.discovery != Discovery::Acpi) {
+        return Ok(());
+    }
+    builder.write_generation_id()?;
+    builder
+        .vm
+        .irq_line(layout::EVENT_DEVICE_GSI)
+        .trigger()
+        .map_err(|source| AssembleError::Device {
+            what: "VM generation interrupt",
+            source,
+        })
+}

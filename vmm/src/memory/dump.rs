@@ -1,0 +1,268 @@
+//! Writing guest RAM to a file: the regions one behind the other, with holes where nothing is
+//! written.
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+
+use super::ranges::RangeSet;
+use super::{GuestRam, Slot, scan, slots};
+
+const PAGE: usize = 4096;
+/// Most bytes of one write, so that a full disk is noticed early.
+const WRITE: usize = 16 << 20;
+
+/// Which pages are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// All that are not zero.
+    Full,
+    /// Those that may differ from the memory file the guest was loaded from (from zeros, if it
+    /// was booted), zero or not.
+    Diff,
+}
+
+/// What RAM is made of.
+pub struct Contents<'a> {
+    pub ram: &'a GuestRam,
+    /// What it is a private view of, if it is one.
+    pub template: Option<&'a File>,
+    /// Guest-physical ranges that became zero behind the guest's back.
+    pub zeroed: &'a RangeSet,
+}
+
+/// Writes RAM to `out`, an empty file, and returns the number of bytes that are no holes. Nobody
+/// may write to RAM meanwhile: vCPUs are paused and devices drained.
+pub fn write(contents: &Contents<'_>, extent: Extent, out: &File) -> io::Result<u64> {
+    let all = slots(contents.ram);
+    out.set_len(all.iter().map(|slot| slot.len).sum())?;
+    let mut base = 0;
+    let mut written = 0;
+    for slot in all {
+        for range in ranges(contents, extent, &slot, base)?.iter() {
+            written += write_range(&slot, range, extent, base, out)?;
+        }
+        base += slot.len;
+    }
+    Ok(written)
+}
+
+/// The parts of a region to look at, as offsets in it.
+fn ranges(contents: &Contents<'_>, extent: Extent, slot: &Slot, base: u64) -> io::Result<RangeSet> {
+    let host = slot.host_start as usize..(slot.host_start + slot.len) as usize;
+    let private = scan::private_pages(&host)?;
+    let private = private.iter().map(|r| r.start as u64..r.end as u64);
+    let here = slot.guest_start..slot.guest_start + slot.len;
+    let zeroed = contents.zeroed.iter().filter_map(|range| {
+        let (start, end) = (range.start.max(here.start), range.end.min(here.end));
+        (start < end).then(|| start - here.start..end - here.start)
+    });
+    let mut wanted = RangeSet::default();
+    match (extent, contents.template) {
+        (Extent::Diff, _) => zeroed.for_each(|range| wanted.insert(range)),
+        (Extent::Full, None) => {}
+        (Extent::Full, Some(template)) => {
+            wanted = data(template, base, slot.len)?;
+            zeroed.for_each(|range| wanted.remove(range));
+        }
+    }
+    private.for_each(|range| wanted.insert(range));
+    Ok(wanted)
+}
+
+/// The parts of `len` bytes from `base` of a file that are no holes, in whole pages.
+fn data(file: &File, base: u64, len: u64) -> io::Result<RangeSet> {
+    use rustix::fs::{SeekFrom, seek};
+    let mut found = RangeSet::default();
+    let end = base + len;
+    let mut at = base;
+    while at < end {
+        let start = match seek(file, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            // No data follows.
+            Err(rustix::io::Errno::NXIO) => break,
+            Err(e) => return Err(e.into()),
+        };
+        let hole = seek(file, SeekFrom::Hole(start))?;
+        let page = PAGE as u64;
+        let (start, stop) = (start / page * page, hole.next_multiple_of(page).min(end));
+        if start >= end {
+            break;
+        }
+        found.insert(start - base..stop - base);
+        at = stop.max(start + page);
+    }
+    Ok(found)
+}
+
+fn write_range(
+    slot: &Slot,
+    range: Range<u64>,
+    extent: Extent,
+    base: u64,
+    out: &File,
+) -> io::Result<u64> {
+    let host = (slot.host_start + range.start) as *const u8;
+    let len = (range.end - range.start) as usize;
+    // SAFETY: the range lies in a region of guest RAM, which is mapped for the life of the process,
+    // and nobody writes to it during this call (see `write`).
+    let bytes = unsafe { std::slice::from_raw_parts(host, len) };
+    let offset = base + range.start;
+    if extent == Extent::Diff {
+        put(out, bytes, offset)?;
+        return Ok(len as u64);
+    }
+    let mut written = 0;
+    let mut run = 0..0;
+    for (page, at) in bytes.chunks(PAGE).zip((0..).step_by(PAGE)) {
+        if is_zero(page) {
+            written += put_run(out, bytes, &run, offset)?;
+            run = at + page.len()..at + page.len();
+        } else {
+            run.end = at + page.len();
+        }
+    }
+    written += put_run(out, bytes, &run, offset)?;
+    Ok(written)
+}
+
+fn put_run(out: &File, bytes: &[u8], run: &Range<usize>, offset: u64) -> io::Result<u64> {
+    let part = bytes.get(run.clone()).unwrap_or_default();
+    put(out, part, offset + run.start as u64)?;
+    Ok(part.len() as u64)
+}
+
+fn put(out: &File, bytes: &[u8], mut offset: u64) -> io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    for part in bytes.chunks(WRITE) {
+        out.write_all_at(part, offset)?;
+        offset += part.len() as u64;
+    }
+    Ok(())
+}
+
+fn is_zero(page: &[u8]) -> bool {
+    let (words, rest) = page.as_chunks::<64>();
+    // Whole blocks first, which the compiler makes wide compares of; most pages end at the first.
+    words
+        .iter()
+        .all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
+        && rest.iter().all(|byte| *byte == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    use proptest::prelude::*;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::super::allocate;
+    use super::super::discard::{AnonymousPages, GuestPages};
+    use super::super::template::{TemplatePages, Zeroed, map_file};
+    use super::*;
+
+    const MIB: u64 = 32;
+    const LEN: usize = (MIB << 20) as usize;
+
+    fn dump(ram: &GuestRam, template: Option<&File>, zeroed: &Zeroed, extent: Extent) -> File {
+        let out = tempfile::tempfile().unwrap();
+        let zeroed = &zeroed.get();
+        let contents = Contents {
+            ram,
+            template,
+            zeroed,
+        };
+        write(&contents, extent, &out).unwrap();
+        out
+    }
+
+    fn bytes(file: &File) -> Vec<u8> {
+        let mut all = vec![0; LEN];
+        file.read_exact_at(&mut all, 0).unwrap();
+        all
+    }
+
+    fn ram_bytes(ram: &GuestRam) -> Vec<u8> {
+        let mut all = vec![0; LEN];
+        ram.read_slice(&mut all, GuestAddress(0)).unwrap();
+        all
+    }
+
+    /// Copies what is no hole in `diff` over `base`.
+    fn merge(base: &File, diff: &File) {
+        let all = bytes(diff);
+        for range in data(diff, 0, LEN as u64).unwrap().iter() {
+            let part = &all[range.start as usize..range.end as usize];
+            base.write_all_at(part, range.start).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_full_file_has_holes_for_zeros() {
+        let ram = allocate(MIB).unwrap();
+        ram.write_obj(7u8, GuestAddress(5 << 20)).unwrap();
+        ram.write_obj(0u8, GuestAddress(9 << 20)).unwrap();
+        let out = dump(&ram, None, &Zeroed::default(), Extent::Full);
+        assert_eq!(out.metadata().unwrap().len(), MIB << 20);
+        assert!(out.metadata().unwrap().blocks() * 512 <= 64 << 10);
+        assert!(bytes(&out) == ram_bytes(&ram));
+    }
+
+    /// What a guest does to its RAM.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Write(u64, u8),
+        Discard(u64, u64),
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let page = 0u64..64;
+        let write = (page.clone(), any::<u8>()).prop_map(|(p, b)| Step::Write(p, b));
+        let discard = (page, 1u64..8).prop_map(|(p, n)| Step::Discard(p, n));
+        prop::collection::vec(prop_oneof![3 => write, 1 => discard], 0..30)
+    }
+
+    fn play(ram: &GuestRam, pages: &mut dyn GuestPages, steps: &[Step]) {
+        // Every second page, so that runs have gaps.
+        for step in steps {
+            match *step {
+                Step::Write(page, byte) => {
+                    ram.write_obj(byte, GuestAddress(page * 8192 + 5)).unwrap();
+                }
+                Step::Discard(page, count) => {
+                    pages
+                        .discard(ram, page * 8192..(page + count) * 8192)
+                        .unwrap();
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+        /// Boot, snapshot, go on, diff; load, go on, snapshot, go on, diff: always RAM, byte for byte.
+        #[test]
+        fn files_are_ram_through_generations(a in steps(), b in steps(), c in steps(), d in steps()) {
+            let zeroed = Zeroed::default();
+            let hook = zeroed.clone();
+            let mut pages = AnonymousPages::with_hook(Box::new(move |range| hook.insert(range)));
+            let ram = allocate(MIB).unwrap();
+            play(&ram, &mut pages, &a);
+            let first = dump(&ram, None, &zeroed, Extent::Full);
+            prop_assert!(bytes(&first) == ram_bytes(&ram));
+            play(&ram, &mut pages, &b);
+            merge(&first, &dump(&ram, None, &zeroed, Extent::Diff));
+            prop_assert!(bytes(&first) == ram_bytes(&ram));
+
+            let zeroed = Zeroed::default();
+            let mut pages = TemplatePages::new(zeroed.clone());
+            let ram = map_file(&first, MIB).unwrap();
+            play(&ram, &mut pages, &c);
+            let second = dump(&ram, Some(&first), &zeroed, Extent::Full);
+            prop_assert!(bytes(&second) == ram_bytes(&ram));
+            play(&ram, &mut pages, &d);
+            merge(&second, &dump(&ram, Some(&first), &zeroed, Extent::Diff));
+            prop_assert!(bytes(&second) == ram_bytes(&ram));
+        }
+    }
+}

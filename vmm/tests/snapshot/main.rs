@@ -1,0 +1,382 @@
+//! Snapshots of a bare guest, saved by one process and restored by others. The guest needs no
+//! kernel, so that these tests run wherever there is a `/dev/kvm`, also one that emulates.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+mod process;
+
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+
+use process::{Vmm, has_kvm};
+
+const MIB: u64 = 64;
+const MULTIPLIER: u64 = 6_364_136_223_846_793_005;
+const INCREMENT: u64 = 1_442_695_040_888_963_407;
+
+/// Computes one number after the other in RAM and writes each to the serial port.
+fn kernel() -> Vec<u8> {
+    // mov ebx, 0x200000; mov dx, 0x3f8; mov r13, MULTIPLIER; mov r14, INCREMENT
+    let mut code = vec![0xbb, 0, 0, 0x20, 0, 0x66, 0xba, 0xf8, 3, 0x49, 0xbd];
+    code.extend(MULTIPLIER.to_le_bytes());
+    code.extend([0x49, 0xbe]);
+    code.extend(INCREMENT.to_le_bytes());
+    code.extend([
+        0x48, 0x8b, 0x03, // 1: mov rax, [rbx]
+        0x49, 0x0f, 0xaf, 0xc5, // imul rax, r13
+        0x4c, 0x01, 0xf0, // add rax, r14
+        0x48, 0x89, 0x03, // mov [rbx], rax
+        0xb9, 8, 0, 0, 0,    // mov ecx, 8
+        0xee, // 2: out dx, al
+        0x48, 0xc1, 0xe8, 8, // shr rax, 8
+        0xff, 0xc9, // dec ecx
+        0x75, 0xf7, // jnz 2
+        0xeb, 0xe3, // jmp 1
+    ]);
+    program(&code)
+}
+
+/// An x86-64 ELF program of one segment with this code.
+fn program(code: &[u8]) -> Vec<u8> {
+    const BASE: u64 = 0x40_0000;
+    const HEADERS: u64 = 64 + 56;
+    let size = HEADERS + code.len() as u64;
+    let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
+    for word in [BASE + HEADERS, 64, 0] {
+        elf.extend(word.to_le_bytes());
+    }
+    elf.extend([0; 4]);
+    for half in [64u16, 56, 1, 64, 0, 0] {
+        elf.extend(half.to_le_bytes());
+    }
+    elf.extend(1u32.to_le_bytes());
+    elf.extend(5u32.to_le_bytes());
+    for word in [0, BASE, BASE, size, size, 0x1000] {
+        elf.extend(word.to_le_bytes());
+    }
+    elf.extend(code);
+    elf
+}
+
+/// A VMM whose guest computes; its numbers go to the file `out`.
+fn computing(dir: &Path, out: &str) -> Vmm {
+    fs::write(dir.join("kernel"), kernel()).unwrap();
+    let vmm = Vmm::start(dir, &[]);
+    vmm.put(
+        "/machine-config",
+        &format!(r#"{{"vcpu_count": 2, "mem_size_mib": {MIB}}}"#),
+    );
+    vmm.put("/boot-source", r#"{"kernel_image_path": "kernel"}"#);
+    vmm.put(
+        "/drives/disk",
+        r#"{"drive_id": "disk", "path_on_host": "disk", "is_root_device": false}"#,
+    );
+    vmm.put("/vsock", r#"{"guest_cid": 3, "uds_path": "v.sock"}"#);
+    vmm.put("/entropy", "{}");
+    vmm.put("/balloon", r#"{"amount_mib": 1, "deflate_on_oom": true}"#);
+    vmm.put("/serial", &format!(r#"{{"serial_out_path": "{out}"}}"#));
+    vmm.put("/actions", r#"{"action_type": "InstanceStart"}"#);
+    vmm
+}
+
+fn loading(dir: &Path, out: &str, load: &str) -> Vmm {
+    let vmm = Vmm::start(dir, &[]);
+    vmm.put("/serial", &format!(r#"{{"serial_out_path": "{out}"}}"#));
+    vmm.put("/snapshot/load", load);
+    vmm
+}
+
+/// Waits until `count` more bytes than now are in the file.
+fn wait_for(file: &Path, count: u64) {
+    let len = || fs::metadata(file).map_or(0, |m| m.len());
+    let wanted = len() + count;
+    process::eventually("numbers of the guest", || len() >= wanted);
+}
+
+/// Checks that these files, one behind the other, are the guest's numbers without a gap.
+fn check(dir: &Path, files: &[&str]) {
+    let all: Vec<u8> = files
+        .iter()
+        .flat_map(|file| fs::read(dir.join(file)).unwrap())
+        .collect();
+    let mut expected = 0u64;
+    for (bytes, at) in all.as_chunks().0.iter().zip(0..) {
+        expected = expected.wrapping_mul(MULTIPLIER).wrapping_add(INCREMENT);
+        assert_eq!(u64::from_le_bytes(*bytes), expected, "number {at}");
+    }
+}
+
+const PAUSE: (&str, &str) = ("/vm", r#"{"state": "Paused"}"#);
+const RESUME: (&str, &str) = ("/vm", r#"{"state": "Resumed"}"#);
+
+fn save(vmm: &Vmm, kind: &str, state: &str, ram: &str) {
+    vmm.put(
+        "/snapshot/create",
+        &format!(
+            r#"{{"snapshot_type": "{kind}", "snapshot_path": "{state}", "mem_file_path": "{ram}"}}"#
+        ),
+    );
+}
+
+fn directory() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    File::create(dir.path().join("disk"))
+        .unwrap()
+        .set_len(1 << 20)
+        .unwrap();
+    dir
+}
+
+/// Copies what is no hole in `diff` over `base`.
+fn merge(base: &Path, diff: &Path) {
+    use rustix::fs::{SeekFrom, seek};
+    let diff = File::open(diff).unwrap();
+    let base = File::options().write(true).open(base).unwrap();
+    let mut at = 0;
+    while let Ok(start) = seek(&diff, SeekFrom::Data(at)) {
+        at = seek(&diff, SeekFrom::Hole(start)).unwrap();
+        let mut bytes = vec![0; (at - start) as usize];
+        diff.read_exact_at(&mut bytes, start).unwrap();
+        base.write_all_at(&bytes, start).unwrap();
+    }
+}
+
+#[test]
+fn a_guest_computes_on_in_other_processes() {
+    if !has_kvm() {
+        return;
+    }
+    let dir = directory();
+    let dir = dir.path();
+    let first = computing(dir, "out1");
+    wait_for(&dir.join("out1"), 4000);
+    let refused = first.call(
+        "PUT",
+        "/snapshot/create",
+        r#"{"snapshot_path": "s", "mem_file_path": "m"}"#,
+    );
+    assert!(refused.refused().contains("running"), "{refused:?}");
+    first.patch(PAUSE);
+    save(&first, "Full", "state1", "ram1");
+    let ram = fs::metadata(dir.join("ram1")).unwrap();
+    assert_eq!(ram.len(), MIB << 20);
+    assert!(ram.blocks() * 512 < 4 << 20, "it is not sparse");
+    first.kill();
+
+    // The drive's lock and the socket are free again, and found by the paths in the snapshot.
+    let load = r#"{"snapshot_path": "state1", "resume_vm": true,
+        "mem_backend": {"backend_type": "File", "backend_path": "ram1"}}"#;
+    let second = loading(dir, "out2", load);
+    wait_for(&dir.join("out2"), 4000);
+    let config = second.call("GET", "/vm/config", "").body;
+    assert!(config.contains(r#""vcpu_count":2"#), "{config}");
+    let again = second.call("PUT", "/snapshot/load", load);
+    assert!(again.refused().contains("guest already"), "{again:?}");
+    second.patch(PAUSE);
+    // Over the very file that RAM is a view of: it is replaced, not changed.
+    save(&second, "Diff", "state2", "diff");
+    save(&second, "Full", "state2", "ram1");
+    save(&second, "Full", "state3", "ram3");
+    second.patch(RESUME);
+    second.patch(PAUSE);
+    second.kill();
+    assert!(fs::read(dir.join("ram1")).unwrap() == fs::read(dir.join("ram3")).unwrap());
+    let cut = fs::metadata(dir.join("out2")).unwrap().len();
+
+    // What ran after the snapshot is not in it.
+    let third = loading(
+        dir,
+        "out3",
+        r#"{"snapshot_path": "state3", "mem_file_path": "ram3", "clock_realtime": true}"#,
+    );
+    assert!(third.call("GET", "/", "").body.contains("Paused"));
+    third.patch(RESUME);
+    wait_for(&dir.join("out3"), 4000);
+    third.patch(PAUSE);
+    third.kill();
+    let out2 = fs::read(dir.join("out2")).unwrap();
+    let out3 = fs::read(dir.join("out3")).unwrap();
+    // Where the third began, in the second's stream.
+    let begin = (0..=out2.len().min(cut as usize))
+        .rev()
+        .find(|at| out2[*at..].iter().zip(&out3).all(|(a, b)| a == b))
+        .unwrap();
+    fs::write(dir.join("out2"), &out2[..begin]).unwrap();
+    check(dir, &["out1", "out2", "out3"]);
+}
+
+#[test]
+fn a_diff_over_its_base_is_the_whole() {
+    if !has_kvm() {
+        return;
+    }
+    let dir = directory();
+    let dir = dir.path();
+    let vmm = computing(dir, "out");
+    wait_for(&dir.join("out"), 800);
+    vmm.patch(PAUSE);
+    save(&vmm, "Full", "state", "base");
+    vmm.patch(RESUME);
+    wait_for(&dir.join("out"), 800);
+    vmm.patch(PAUSE);
+    save(&vmm, "Diff", "state", "diff");
+    save(&vmm, "Full", "state", "whole");
+    assert_ne!(
+        fs::read(dir.join("base")).unwrap(),
+        fs::read(dir.join("whole")).unwrap()
+    );
+    merge(&dir.join("base"), &dir.join("diff"));
+    assert!(fs::read(dir.join("base")).unwrap() == fs::read(dir.join("whole")).unwrap());
+}
+
+#[test]
+fn a_jailed_vmm_gets_everything_by_descriptor() {
+    if !has_kvm() {
+        return;
+    }
+    let dir = directory();
+    let dir = dir.path();
+    let open = |name: &str| {
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(dir.join(name))
+            .unwrap();
+        rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::empty()).unwrap();
+        file
+    };
+    let first = computing(dir, "out1");
+    wait_for(&dir.join("out1"), 800);
+    first.patch(PAUSE);
+    save(&first, "Full", "state", "ram");
+    let full = first.call(
+        "PUT",
+        "/snapshot/create",
+        r#"{"snapshot_path": "fd:gone", "mem_file_path": "ram"}"#,
+    );
+    assert!(
+        full.refused().contains("fd gone") || full.refused().contains("\"gone\""),
+        "{full:?}"
+    );
+    first.kill();
+    let files = [open("state"), open("ram"), open("disk")];
+    let names = ["state", "ram", "disk"];
+    let fds: Vec<String> = names
+        .iter()
+        .zip(&files)
+        .map(|(name, file)| format!("{name}={}", file.as_raw_fd()))
+        .collect();
+    let fds: Vec<&str> = fds.iter().flat_map(|fd| ["--fd", fd.as_str()]).collect();
+    let second = Vmm::start(dir, &fds);
+    second.put("/serial", r#"{"serial_out_path": "out2"}"#);
+    second.put(
+        "/snapshot/load",
+        r#"{"snapshot_path": "fd:state", "mem_file_path": "fd:ram", "resume_vm": true,
+            "drive_overrides": [{"drive_id": "disk", "path_on_host": "fd:disk"}],
+            "vsock_override": {"uds_path": "other.sock"}}"#,
+    );
+    wait_for(&dir.join("out2"), 800);
+    assert!(dir.join("other.sock").exists());
+    second.patch(PAUSE);
+    check(dir, &["out1", "out2"]);
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_the_reason() {
+    if !has_kvm() {
+        return;
+    }
+    let dir = directory();
+    let dir = dir.path();
+    let vmm = computing(dir, "out");
+    vmm.patch(PAUSE);
+    save(&vmm, "Full", "state", "ram");
+    let onto = vmm.call(
+        "PUT",
+        "/snapshot/create",
+        r#"{"snapshot_path": "none/state", "mem_file_path": "ram"}"#,
+    );
+    assert!(onto.refused().contains("none/state"), "{onto:?}");
+    vmm.kill();
+    let state = fs::read(dir.join("state")).unwrap();
+    let write = |name: &str, bytes: &[u8]| fs::write(dir.join(name), bytes).unwrap();
+    write("cut", &state[..state.len() / 2]);
+    write("none", b"");
+    let mut other = state.clone();
+    other[8] = 77;
+    write("version", &other);
+    let mut damaged = state.clone();
+    damaged[1000] ^= 4;
+    write("damaged", &damaged);
+    write("small", &[0; 4096]);
+    let fresh = Vmm::start(dir, &[]);
+    for (load, text) in [
+        (
+            r#""snapshot_path": "missing", "mem_file_path": "ram""#,
+            "missing",
+        ),
+        (
+            r#""snapshot_path": "none", "mem_file_path": "ram""#,
+            "not a state file",
+        ),
+        (
+            r#""snapshot_path": "kernel", "mem_file_path": "ram""#,
+            "not a state file",
+        ),
+        (
+            r#""snapshot_path": "cut", "mem_file_path": "ram""#,
+            "cut off",
+        ),
+        (
+            r#""snapshot_path": "version", "mem_file_path": "ram""#,
+            "version 77",
+        ),
+        (
+            r#""snapshot_path": "damaged", "mem_file_path": "ram""#,
+            "damaged",
+        ),
+        (
+            r#""snapshot_path": "state", "mem_file_path": "small""#,
+            "67108864",
+        ),
+        (
+            r#""snapshot_path": "state", "mem_file_path": "ram",
+            "drive_overrides": [{"drive_id": "d", "path_on_host": "disk"}]"#,
+            "no drive \"d\"",
+        ),
+        (
+            r#""snapshot_path": "state", "mem_file_path": "ram",
+            "drive_overrides": [{"drive_id": "disk", "path_on_host": "tiny"}]"#,
+            "sectors",
+        ),
+    ] {
+        write("tiny", &[0; 512]);
+        let answer = fresh.call("PUT", "/snapshot/load", &format!("{{{load}}}"));
+        let message = answer.refused().replace("\\\"", "\"");
+        assert!(message.contains(text), "{message} does not say {text}");
+    }
+    // After all of that it still takes the right one.
+    fresh.put(
+        "/snapshot/load",
+        r#"{"snapshot_path": "state", "mem_file_path": "ram"}"#,
+    );
+    fresh.kill();
+    let prepared = Vmm::start(dir, &[]);
+    prepared.put("/prepare", r#"{"vcpu_count": 1}"#);
+    let load = r#"{"snapshot_path": "state", "mem_file_path": "ram"}"#;
+    let refused = prepared.call("PUT", "/snapshot/load", load);
+    assert!(refused.refused().contains("prepared for 1"), "{refused:?}");
+    prepared.kill();
+    let ready = Vmm::start(dir, &[]);
+    ready.put("/prepare", r#"{"vcpu_count": 2}"#);
+    ready.put("/snapshot/load", load);
+    ready.kill();
+}
