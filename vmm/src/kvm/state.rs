@@ -19,9 +19,6 @@ pub const XSAVE_MIN: usize = 4096;
 /// Most bytes of an XSAVE area that are looked at: AMX brings it to 11 KiB.
 pub const XSAVE_MAX: usize = 64 << 10;
 
-/// CPUID entries KVM takes at most.
-const CPUID_MAX: usize = kvm_bindings::KVM_MAX_CPUID_ENTRIES;
-
 /// Guests tolerate this much (NTP's limit); beyond it the TSC must be scaled.
 const TSC_TOLERANCE_PPM: u64 = 250;
 
@@ -124,11 +121,7 @@ pub(super) fn save(vcpu: &Vcpu) -> Result<VcpuState, VcpuError> {
         lapic: vcpu.lapic()?,
         // Not every KVM knows.
         tsc_khz: fd.get_tsc_khz().unwrap_or(0),
-        cpuid: fd
-            .get_cpuid2(CPUID_MAX)
-            .map_err(failed("give its CPUID"))?
-            .as_slice()
-            .to_vec(),
+        cpuid: vcpu.cpuid.get().cloned().unwrap_or_default(),
         msrs: save_msrs(vcpu)?,
         // Last: what the calls above delivered is in it.
         events: fd

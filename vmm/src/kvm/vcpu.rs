@@ -3,6 +3,7 @@
 //! A vCPU is paused by a flag and a signal. The signal may arrive between the check of the
 //! flag and KVM_RUN and be lost, so whoever pauses repeats it until the thread has answered;
 //! that costs a millisecond in the rare case and needs no handler state.
+use std::cell::OnceCell;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -10,7 +11,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{CpuId, Msrs, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs};
+use kvm_bindings::{
+    CpuId, Msrs, kvm_cpuid_entry2, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -72,6 +75,8 @@ pub struct Vcpu {
     pub(super) fd: VcpuFd,
     /// Bytes of the XSAVE area on this host.
     pub(super) xsave_len: usize,
+    /// As it was given. Some KVMs (one in software is known) tell another one when asked.
+    pub(super) cpuid: OnceCell<Vec<kvm_cpuid_entry2>>,
 }
 
 impl Vcpu {
@@ -80,6 +85,7 @@ impl Vcpu {
             index,
             fd,
             xsave_len,
+            cpuid: OnceCell::new(),
         }
     }
 
@@ -110,7 +116,10 @@ impl Vcpu {
     pub fn set_cpuid(&self, cpuid: &CpuId) -> Result<(), VcpuError> {
         self.fd
             .set_cpuid2(cpuid)
-            .map_err(self.err("take its CPUID"))
+            .map_err(self.err("take its CPUID"))?;
+        // It is given once, before the vCPU runs.
+        let _ = self.cpuid.set(cpuid.as_slice().to_vec());
+        Ok(())
     }
 
     /// Sets XCR0 to `components` (zero: leaves it alone). Guests set the same when they enable

@@ -210,7 +210,8 @@ mod tests {
         ram.write_obj(9u8, GuestAddress(0x1000)).unwrap();
         assert_eq!(pages.discard(&ram, 0x1000..0x2000).unwrap(), 0x1000);
         assert_eq!(byte(0x1000), 0, "also when it was used again");
-        assert_eq!(zeroed.get().iter().collect::<Vec<_>>(), [0x1000..0x3000]);
+        assert_eq!(zeroed.get().iter().next(), Some(0x1000..0x3000));
+        assert_eq!(zeroed.get().len(), 1);
         assert!(pages.discard(&ram, 0..1 << 40).is_err());
     }
 

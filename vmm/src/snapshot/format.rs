@@ -131,7 +131,7 @@ fn crc32(bytes: &[u8]) -> u32 {
             let mut bit = 0;
             while bit < 8 {
                 let low = value & 1;
-                value = value >> 1 ^ POLYNOMIAL * low;
+                value = (value >> 1) ^ (POLYNOMIAL * low);
                 bit += 1;
             }
             #[expect(clippy::indexing_slicing, reason = "evaluated by the compiler")]
@@ -144,7 +144,7 @@ fn crc32(bytes: &[u8]) -> u32 {
     };
     !bytes.iter().fold(u32::MAX, |sum, byte| {
         let index = usize::from(sum as u8 ^ byte);
-        sum >> 8 ^ TABLE.get(index).copied().unwrap_or(0)
+        (sum >> 8) ^ TABLE.get(index).copied().unwrap_or(0)
     })
 }
 

@@ -106,7 +106,8 @@ fn what_was_written_is_read() {
 
 #[test]
 fn structures_of_another_size_are_refused() {
-    let spoil: [(&str, fn(&mut wire::State)); 9] = [
+    type Spoil = fn(&mut wire::State);
+    let spoil: [(&str, Spoil); 9] = [
         ("kvm_regs has 143", |s| s.vcpus[0].regs.truncate(143)),
         ("CPUID", |s| s.vcpus[1].cpuid.push(0)),
         ("0 CPUID", |s| s.vcpus[1].cpuid.clear()),
@@ -116,7 +117,7 @@ fn structures_of_another_size_are_refused() {
         ("no VM", |s| s.vm = None),
         ("large", |s| s.devices[0].queues[0].next_used = 1 << 16),
         ("two devices", |s| {
-            s.devices[1].balloon = Some(Default::default())
+            s.devices[1].balloon = Some(Default::default());
         }),
     ];
     for (text, spoil) in spoil {

@@ -183,11 +183,11 @@ fn a_guest_computes_on_in_other_processes() {
     save(&second, "Diff", "state2", "diff");
     save(&second, "Full", "state2", "ram1");
     save(&second, "Full", "state3", "ram3");
+    let cut = fs::metadata(dir.join("out2")).unwrap().len();
     second.patch(RESUME);
-    second.patch(PAUSE);
+    wait_for(&dir.join("out2"), 800);
     second.kill();
     assert!(fs::read(dir.join("ram1")).unwrap() == fs::read(dir.join("ram3")).unwrap());
-    let cut = fs::metadata(dir.join("out2")).unwrap().len();
 
     // What ran after the snapshot is not in it.
     let third = loading(
@@ -200,14 +200,8 @@ fn a_guest_computes_on_in_other_processes() {
     wait_for(&dir.join("out3"), 4000);
     third.patch(PAUSE);
     third.kill();
-    let out2 = fs::read(dir.join("out2")).unwrap();
-    let out3 = fs::read(dir.join("out3")).unwrap();
-    // Where the third began, in the second's stream.
-    let begin = (0..=out2.len().min(cut as usize))
-        .rev()
-        .find(|at| out2[*at..].iter().zip(&out3).all(|(a, b)| a == b))
-        .unwrap();
-    fs::write(dir.join("out2"), &out2[..begin]).unwrap();
+    let second = File::options().write(true).open(dir.join("out2"));
+    second.unwrap().set_len(cut).unwrap();
     check(dir, &["out1", "out2", "out3"]);
 }
 

@@ -239,7 +239,8 @@ pub enum OtherCpu {
 pub fn check_portable(saved: &[kvm_cpuid_entry2], here: &CpuId) -> Result<(), OtherCpu> {
     let find = |list: &[kvm_cpuid_entry2], leaf, index| {
         let mut entries = list.iter();
-        let found = entries.find(|e| e.function == leaf && e.index == index);
+        let has_index = |e: &kvm_cpuid_entry2| e.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0;
+        let found = entries.find(|e| e.function == leaf && (e.index == index || !has_index(e)));
         found.copied().unwrap_or_default()
     };
     let here = here.as_slice();
