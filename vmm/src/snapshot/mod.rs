@@ -4,7 +4,7 @@
 //! it into bytes and back; [`wire`] are the messages in them. All of it is pure. The bytes may come
 //! from anywhere: sizes are bounded before anything is allocated, every structure has its exact
 //! size, and what is well-formed is still judged by the parts that take it (KVM, the transports,
-//! the configuration's own checks). `docs/snapshot-format.md` describes every field.
+//! the configuration's own checks). `docs/vm-state-format.md` describes every field.
 mod convert;
 pub mod format;
 mod wire;
