@@ -307,7 +307,7 @@ fn what_does_not_fit_is_refused_with_the_reason() {
     let mut other = state.clone();
     other[8] = 77;
     write("version", &other);
-    let mut damaged = state.clone();
+    let mut damaged = state;
     damaged[1000] ^= 4;
     write("damaged", &damaged);
     write("small", &[0; 4096]);
