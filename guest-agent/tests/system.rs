@@ -82,7 +82,7 @@ fn a_port_that_begins_to_listen_is_noticed() {
     let delay = delay_of(
         move || {
             kept.send(TcpListener::bind(("127.0.0.1", port)).unwrap())
-                .unwrap()
+                .unwrap();
         },
         || drop(wait_for(&agent, What::Port(port.into()), 0).unwrap()),
     );
@@ -191,7 +191,7 @@ fn output_is_searched_as_it_comes() {
         Code::Invalid
     );
     let only_stderr = v1::OutputMatch {
-        process: Some(process.clone()),
+        process: Some(process),
         pattern: "started".to_owned(),
         stream: v1::Stream::Stderr.into(),
         ..v1::OutputMatch::default()
