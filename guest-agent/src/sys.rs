@@ -153,6 +153,12 @@ pub(crate) fn share_one_heap() {
     }
 }
 
+/// Gives memory that is not in use back to the system.
+pub(crate) fn give_memory_back() {
+    // SAFETY: a plain call.
+    unsafe { libc::malloc_trim(0) };
+}
+
 /// Replaces this process by its own program, `/proc/self/exe`. Returns only on failure.
 pub(crate) fn run_again(arguments: &[&CStr]) -> io::Error {
     let mut argv: Vec<*const c_char> = arguments.iter().map(|argument| argument.as_ptr()).collect();

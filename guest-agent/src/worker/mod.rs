@@ -249,6 +249,8 @@ impl Context {
             }
             if self.waiting.load(Ordering::Acquire) >= IDLE_THREADS {
                 self.threads.fetch_sub(1, Ordering::Relaxed);
+                // There were more calls at a time than there are now.
+                sys::give_memory_back();
                 return;
             }
         }
