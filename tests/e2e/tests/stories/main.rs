@@ -17,3 +17,4 @@ mod run;
 mod system;
 mod terminals;
 mod watch_ports;
+mod worker;
