@@ -12,6 +12,7 @@ mod endurance;
 mod failures;
 mod files;
 mod lifecycle;
+mod overload;
 mod processes;
 mod run;
 mod system;
