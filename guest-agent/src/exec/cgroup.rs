@@ -261,7 +261,9 @@ fn reserve(user: &OwnedFd) {
     let info = rustix::system::sysinfo();
     let unit = u64::from(info.mem_unit.max(1));
     let ram = info.totalram.saturating_mul(unit);
-    let memory = ram.saturating_sub((ram / 16).clamp(12 << 20, 64 << 20));
+    // Of a guest that has next to none, the larger part is still the programs'.
+    let kept = (ram / 16).clamp(12 << 20, 64 << 20).min(ram / 4);
+    let memory = ram.saturating_sub(kept);
     let number = |path| {
         crate::boot::read_file(path)
             .ok()?

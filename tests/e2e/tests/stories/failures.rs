@@ -91,6 +91,7 @@ fn bad_drives_are_told() {
     let said = user.run(&["--drive", &home, "--", "true"]);
     assert_eq!(said.code(), 125);
     said.explains(&[&home, "directory"]);
+    fs::write(user.home().join("a"), vec![0; 1 << 20]).unwrap();
     let said = user.run(&["--drive", "a:id=disk", "--", "true"]);
     assert_eq!(said.code(), 125);
     said.explains(&["disk", "twice"]);

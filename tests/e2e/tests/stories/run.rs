@@ -172,9 +172,20 @@ fn the_disk_has_the_size_asked_for_and_takes_data() {
     assert_eq!(said.code(), 0, "{}", said.err);
     let mib: u32 = said.text().trim().parse().unwrap();
     assert!((400..=512).contains(&mib), "{mib} MiB");
-    let said = user.run(&["--disk", "3G", "--", "true"]);
-    assert_eq!(said.code(), 125);
-    said.explains(&["no empty disk of 3G", "512M"]);
+    // One that was never made before is made.
+    let said = user.run(&[
+        "--disk",
+        "300M",
+        "--",
+        "sh",
+        "-c",
+        "df -m --output=size / | tail -1",
+    ]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    let mib: u32 = said.text().trim().parse().unwrap();
+    assert!((220..=300).contains(&mib), "{mib} MiB");
+    let said = user.run(&["--disk", "12", "--", "true"]);
+    assert_eq!(said.code(), 125, "{}", said.err);
 }
 
 #[test]

@@ -113,14 +113,14 @@ fn thirty_two_processors() {
 #[test]
 fn the_least_memory() {
     let guest = Guest::boot(&Spec {
-        memory_mib: 32,
+        memory_mib: 48,
         ..Spec::default()
     });
     let total: u64 = guest
         .sh("awk '/MemTotal/ { print $2 }' /proc/meminfo")
         .parse()
         .unwrap();
-    assert!((8 * 1024..32 * 1024).contains(&total), "{total} KiB");
+    assert!((24 * 1024..48 * 1024).contains(&total), "{total} KiB");
     guest.ends_well();
 }
 
