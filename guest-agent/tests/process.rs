@@ -520,3 +520,25 @@ fn a_small_ring_does_not_stop_a_program_of_few_words() {
     let (stdout, _, end) = agent.run(exec);
     assert_eq!((stdout.len(), end), (22_000, exited(0)));
 }
+
+#[test]
+fn a_terminal_is_given_back_when_its_program_ends_and_its_record_is_kept() {
+    let agent = Agent::start();
+    let before = agent.settled_descriptors();
+    for number in 0..10 {
+        let exec = v1::Exec {
+            terminal: Some(v1::Terminal::default()),
+            ..daemon(&format!("t{number}"), "echo hi; exec sleep 1000")
+        };
+        let mut terminal = Stream::open(&agent, Call::Exec(exec));
+        terminal.until("hi");
+        kill(&agent, by_name(&format!("t{number}")));
+        wait(&agent, by_name(&format!("t{number}")));
+    }
+    // Channels that are kept for the next calls are no terminals.
+    wait_until("the terminals are closed", || {
+        agent.settled_descriptors() < before + 10
+    });
+    let (stdout, _) = Stream::open(&agent, Call::Attach(attach(by_name("t3")))).rest();
+    assert_eq!(stdout, b"hi\r\n");
+}

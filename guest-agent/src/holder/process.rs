@@ -342,6 +342,11 @@ impl Process {
 
     /// The rest of a terminal is read when nothing more comes.
     pub(super) fn check_drained(&mut self) {
+        // A terminal that nobody holds any more takes no keys: its master is given back at once, and
+        // not with the record.
+        if self.terminal.is_some() && self.ended.is_some() && self.outputs[0].is_closed() {
+            self.stdin = None;
+        }
         let Some(to) = self.drain_to else { return };
         let output = &self.outputs[0];
         let newest = output.ring.newest();
