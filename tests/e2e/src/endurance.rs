@@ -132,7 +132,7 @@ impl Echo {
                 client.content.extend(piece);
                 client.give();
                 // Many of them share a processor in software.
-                std::thread::sleep(Duration::from_millis(random.below(4) as u64));
+                std::thread::sleep(Duration::from_millis(10 + random.below(20) as u64));
             } else {
                 client.take();
             }

