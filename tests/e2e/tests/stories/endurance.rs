@@ -153,7 +153,7 @@ fn cuts_killed_workers_and_pauses_lose_and_repeat_nothing() {
             {
                 break;
             }
-            std::thread::sleep(Duration::from_millis(random.below(30) as u64));
+            std::thread::sleep(Duration::from_millis(50 + random.below(100) as u64));
         }
         stop.store(true, Ordering::Relaxed);
         clients
@@ -167,7 +167,7 @@ fn cuts_killed_workers_and_pauses_lose_and_repeat_nothing() {
         .sum();
     eprintln!("{bytes} bytes, {cuts} connections, {kills} workers killed, {pauses} pauses");
     assert!(
-        bytes > 1000 * echoes.len()
+        bytes > 100 * echoes.len()
             && cuts > echoes.len()
             && (!is_long() || kills > 0 && pauses > 0)
     );
