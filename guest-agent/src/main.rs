@@ -29,7 +29,7 @@ use self::holder::{Ended, Holder, Setup};
 const CGROUPS: &str = "/sys/fs/cgroup";
 
 /// What holder and worker can do in every guest.
-const ABILITIES: [v1::Ability; 8] = [
+const ABILITIES: [v1::Ability; 9] = [
     v1::Ability::Exec,
     v1::Ability::Shutdown,
     v1::Ability::Processes,
@@ -38,6 +38,7 @@ const ABILITIES: [v1::Ability; 8] = [
     v1::Ability::Watches,
     v1::Ability::Ports,
     v1::Ability::System,
+    v1::Ability::Adopt,
 ];
 
 /// Argument of a run after a panic, followed by the number of panics so far and [`DISK`].

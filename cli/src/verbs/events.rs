@@ -141,6 +141,10 @@ fn words(what: Option<&What>) -> (&'static str, String) {
         }
         Some(What::Frozen(_)) => ("frozen", String::new()),
         Some(What::Thawed(_)) => ("thawed", String::new()),
+        Some(What::Adopted(to)) => (
+            "adopted",
+            format!("as {}, generation {}", to.sandbox, to.generation),
+        ),
         Some(What::Missing(count)) => ("missing", format!("{count} events are forgotten")),
         None => ("unknown", String::new()),
     }
@@ -176,6 +180,9 @@ fn document(id: &str, called: &str, event: &v1::Event) -> Value {
         Some(What::ClockSet(set)) => {
             json!({"before_unix_ns": set.before_unix_ns, "after_unix_ns": set.after_unix_ns})
         }
+        Some(What::Adopted(to)) => json!({
+            "sandbox": to.sandbox, "lineage": to.lineage, "generation": to.generation.to_string(),
+        }),
         Some(What::Missing(count)) => json!({"missing": count}),
         Some(What::Frozen(_) | What::Thawed(_)) | None => json!({}),
     };

@@ -37,6 +37,7 @@ pub(super) fn answer(context: &Context, conn: &mut Conn, request: v1::Request) -
         Call::Reseed(call) => system::reseed(&call),
         Call::Freeze(call) => system::freeze(context, conn, call),
         Call::Thaw(_) => system::thaw(context),
+        Call::Adopt(call) => system::adopt(context, conn, call),
         Call::Sync(_) => system::sync(),
         Call::Await(call) => wait::wait(context, conn, call, request.deadline_ms),
         Call::Connect(call) => ports::connect(context, conn, call),

@@ -70,6 +70,41 @@ pub fn thaw<S: Stream>(stream: S, deadline: Option<Instant>) -> Result<(), CallE
     simple!(stream, call, "thaw", deadline, Answer::Thaw(_) => ())
 }
 
+/// A guest that has been told who it is now, and whose programs are about to go on.
+#[derive(Debug)]
+pub struct Adoption<S> {
+    connection: Connection<S>,
+    adopted: v1::Adopted,
+}
+
+impl<S: Stream> Adoption<S> {
+    /// Tells it. Returns when everything is set, before programs go on.
+    pub fn start(stream: S, call: v1::Adopt, deadline: Option<Instant>) -> Result<Self, CallError> {
+        let mut connection = Connection::new(stream);
+        match connection.call(Call::Adopt(call), "adopt", deadline)? {
+            (_, Answer::Adopt(adopted)) => Ok(Self {
+                connection,
+                adopted,
+            }),
+            _ => Err(CallError::Unexpected("adopt")),
+        }
+    }
+
+    /// What was set, and what could not be.
+    pub const fn adopted(&self) -> &v1::Adopted {
+        &self.adopted
+    }
+
+    /// Waits until programs go on.
+    pub fn thawed(mut self, deadline: Option<Instant>) -> Result<v1::Adopted, CallError> {
+        let thawed: Option<v1::Thawed> = self.connection.receive("thaw", deadline)?;
+        match thawed {
+            Some(_) => Ok(self.adopted),
+            None => Err(CallError::Closed { doing: "thaw" }),
+        }
+    }
+}
+
 /// Writes everything out.
 pub fn sync<S: Stream>(stream: S, deadline: Option<Instant>) -> Result<(), CallError> {
     let call = Call::Sync(v1::Sync {});

@@ -82,7 +82,6 @@ pub(in super::super) fn freeze(context: &Context, conn: &mut Conn, call: v1::Fre
 
 /// Undoes a freeze; nothing frozen is no error.
 pub(in super::super) fn thaw(context: &Context) -> Answered {
-    THAWS.fetch_add(1, Ordering::AcqRel);
     undo(context)?;
     post(context, What::Thawed(v1::Thawed {}));
     Ok(Outcome::Reply(Answer::Thaw(v1::Thawed {})))
@@ -109,14 +108,27 @@ impl Waiting {
 
 fn undo(context: &Context) -> Result<(), Failure> {
     // The drive first: programs that go on must not stop at it at once.
+    let thawed = thaw_drive(context);
+    thaw_programs(context)?;
+    Ok(thawed?)
+}
+
+/// Makes the writable drive writable again; programs stay as they are.
+pub(super) fn thaw_drive(context: &Context) -> Result<(), v1::Error> {
+    THAWS.fetch_add(1, Ordering::AcqRel);
     let thawed = match open_disk(context) {
         Ok(Some(disk)) => thaw_disk(&disk),
         Ok(None) => Ok(()),
         Err(error) => Err(error),
     };
     quiet::end();
+    thawed
+}
+
+/// Lets programs go on.
+pub(super) fn thaw_programs(context: &Context) -> Result<(), Failure> {
     context.holder.ask(Asked::Freeze(false))?;
-    Ok(thawed?)
+    Ok(())
 }
 
 /// Waits until the kernel says that all programs are stopped.

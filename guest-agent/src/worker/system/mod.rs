@@ -1,5 +1,6 @@
 //! The guest as a whole: figures, clock, randomness, events, freezing.
 
+mod adopt;
 mod freeze;
 mod metrics;
 pub(super) mod quiet;
@@ -15,6 +16,7 @@ use super::{Answered, Context, Outcome, refusal, system_error};
 use crate::sys;
 use crate::wire::{from_holder::Message as Said, to_holder::Message as Asked};
 
+pub(super) use adopt::adopt;
 pub(super) use freeze::{freeze, thaw};
 pub(super) use metrics::metrics;
 
@@ -22,9 +24,17 @@ const BILLION: u64 = 1_000_000_000;
 
 /// Sets the clock of the day.
 pub(super) fn set_clock(context: &Context, call: v1::SetClock) -> Answered {
+    let (_, after) = put_clock(context, call.unix_ns)?;
+    Ok(Outcome::Reply(Answer::SetClock(v1::Clock {
+        unix_ns: after,
+    })))
+}
+
+/// Sets the clock of the day, and posts that. Returns what it was and what it is.
+fn put_clock(context: &Context, unix_time_ns: u64) -> Result<(u64, u64), v1::Error> {
     let before = unix_ns();
-    let seconds = i64::try_from(call.unix_ns / BILLION).unwrap_or(i64::MAX);
-    let nanoseconds = call.unix_ns % BILLION;
+    let seconds = i64::try_from(unix_time_ns / BILLION).unwrap_or(i64::MAX);
+    let nanoseconds = unix_time_ns % BILLION;
     let time = Timespec {
         tv_sec: seconds,
         tv_nsec: i64::try_from(nanoseconds).unwrap_or(0),
@@ -39,9 +49,7 @@ pub(super) fn set_clock(context: &Context, call: v1::SetClock) -> Answered {
             after_unix_ns: after,
         }),
     );
-    Ok(Outcome::Reply(Answer::SetClock(v1::Clock {
-        unix_ns: after,
-    })))
+    Ok((before, after))
 }
 
 fn unix_ns() -> u64 {
@@ -57,14 +65,19 @@ pub(super) fn reseed(call: &v1::Reseed) -> Answered {
         let message = format!("seed: 1 to {} bytes are needed", sys::ENTROPY_MAX);
         return Err(refusal(Code::Invalid, message).into());
     }
+    mix(&call.seed)?;
+    Ok(Outcome::Reply(Answer::Reseed(v1::Reseeded {})))
+}
+
+/// Mixes bytes into the random pool, and has the kernel's generator take them up at once.
+fn mix(seed: &[u8]) -> Result<(), v1::Error> {
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
     let random = rustix::fs::open("/dev/random", flags, Mode::empty())
         .map_err(|errno| system_error("opening /dev/random", errno))?;
-    sys::add_entropy(std::os::fd::AsFd::as_fd(&random), &call.seed).map_err(|error| {
+    sys::add_entropy(std::os::fd::AsFd::as_fd(&random), seed).map_err(|error| {
         let errno = rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::IO);
         system_error("reseeding /dev/random", errno)
-    })?;
-    Ok(Outcome::Reply(Answer::Reseed(v1::Reseeded {})))
+    })
 }
 
 /// Writes everything out.
