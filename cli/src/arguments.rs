@@ -39,6 +39,11 @@ pub(crate) enum Verb {
     Pause(verbs::pause::Pause),
     Resume(verbs::pause::Resume),
     Inspect(verbs::inspect::Args),
+    Snapshot(verbs::snapshot::Args),
+    Snapshots(verbs::snapshot::ListArgs),
+    Restore(verbs::restore::Args),
+    Fork(verbs::restore::ForkArgs),
+    Store(verbs::store::Args),
     Exec(Box<verbs::exec::Args>),
     Shell(verbs::shell::Args),
     Attach(verbs::attach::Args),
@@ -80,6 +85,11 @@ impl Verb {
             Self::Resume(args) => verbs::pause::resume(args),
             Self::Ls(args) => verbs::ls::ls(args),
             Self::Inspect(args) => verbs::inspect::inspect(args),
+            Self::Snapshot(args) => verbs::snapshot::snapshot(args),
+            Self::Snapshots(args) => verbs::snapshot::snapshots(args),
+            Self::Restore(args) => verbs::restore::restore(args, begin),
+            Self::Fork(args) => verbs::restore::fork(args),
+            Self::Store(args) => verbs::store::store(args),
             Self::Exec(args) => verbs::exec::exec(args),
             Self::Shell(args) => verbs::shell::shell(args),
             Self::Attach(args) => verbs::attach::attach(args),
@@ -106,12 +116,16 @@ impl Verb {
 }
 
 /// In which order, and under which title, `belljar --help` lists the verbs.
-pub(crate) const GROUPS: [(&str, &[&str]); 5] = [
+pub(crate) const GROUPS: [(&str, &[&str]); 6] = [
     (
         "Sandboxes",
         &[
             "run", "create", "start", "stop", "rm", "ls", "inspect", "pause", "resume",
         ],
+    ),
+    (
+        "Snapshots",
+        &["snapshot", "snapshots", "restore", "fork", "store"],
     ),
     (
         "Commands and terminals",

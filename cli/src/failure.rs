@@ -5,6 +5,7 @@ use belljar_node::guest::GuestError;
 use belljar_node::lifecycle::{LifeError, StartError};
 use belljar_node::registry::{ConnectError, FindError, Found};
 use belljar_node::sandbox::BootError;
+use belljar_node::snapshots::{KeeperError, SnapshotError};
 use belljar_node::state::StateError;
 
 use crate::OURS;
@@ -78,6 +79,33 @@ pub(crate) fn each(
     };
     let failed = found.iter().filter_map(|found| act(found).err());
     failed.fold(0, |_, failure| failure.tell())
+}
+
+/// Does something for each of several words: a failure with one is told, and does not keep the others
+/// waiting. The exit status is that of the last failure.
+pub(crate) fn each_of(words: &[String], mut act: impl FnMut(&String) -> Result<(), Failure>) -> u8 {
+    let failed = words.iter().filter_map(|word| act(word).err());
+    failed.fold(0, |_, failure| failure.tell())
+}
+
+impl From<SnapshotError> for Failure {
+    fn from(error: SnapshotError) -> Self {
+        let remedy = error.remedy();
+        match error {
+            SnapshotError::Boot(error) => Self::Boot(error),
+            other => Self::Other {
+                status: OURS,
+                message: escaped(&other.to_string()).into_owned(),
+                remedy,
+            },
+        }
+    }
+}
+
+impl From<KeeperError> for Failure {
+    fn from(error: KeeperError) -> Self {
+        SnapshotError::from(error).into()
+    }
 }
 
 impl From<LifeError> for Failure {

@@ -9,6 +9,7 @@ use belljar_node::drive::DriveSpec;
 use belljar_node::registry::{self, Found, Listed};
 use belljar_node::sandbox::{DiskChoice, GuestSpec, ImageChoice, NewSandbox, Programs};
 use belljar_node::size::Size;
+use belljar_node::snapshots::{self, Keeper, NewClone};
 use belljar_node::state::StateRoot;
 use belljar_node::state::spec::Life;
 use clap::Args;
@@ -102,16 +103,20 @@ pub(crate) struct NameOptions {
 }
 
 impl NameOptions {
+    /// The clone to make.
+    pub(crate) fn clone_of(&self, life: Life) -> NewClone {
+        NewClone {
+            name: self.name.clone(),
+            labels: values::labels(&self.label),
+            life,
+        }
+    }
+
     /// The sandbox to make.
     pub(crate) fn describe(&self, life: Life, guest: GuestSpec) -> Result<NewSandbox, Failure> {
-        let labels = self
-            .label
-            .iter()
-            .map(|label| (label.key.clone(), label.value.clone().unwrap_or_default()))
-            .collect();
         Ok(NewSandbox {
             name: self.name.clone(),
-            labels,
+            labels: values::labels(&self.label),
             life,
             guest,
         })
@@ -160,7 +165,7 @@ impl GuestOptions {
     /// As the node wants it.
     pub(crate) fn spec(&self, machine: &MachineOptions) -> Result<GuestSpec, Failure> {
         Ok(GuestSpec {
-            assets: Assets::locate(machine.assets.as_deref())?,
+            assets: machine.assets()?,
             kernel: self.kernel.clone(),
             initramfs: self.initramfs.clone(),
             image: self.image.clone().unwrap_or_default(),
@@ -188,11 +193,16 @@ pub(crate) struct MachineOptions {
 }
 
 impl MachineOptions {
+    /// The guest's parts.
+    pub(crate) fn assets(&self) -> Result<Assets, Failure> {
+        Ok(Assets::locate(self.assets.as_deref())?)
+    }
+
     /// The programs that make a sandbox.
     pub(crate) fn programs(&self) -> Programs {
         Programs {
             supervisor: PathBuf::from("/proc/self/exe"),
-            vmm: vmm_program(self.vmm.as_deref()),
+            vmm: program(self.vmm.as_deref(), "belljar-vmm"),
         }
     }
 }
@@ -214,14 +224,35 @@ impl BootOptions {
     }
 }
 
-/// The program named, or `belljar-vmm` beside this one.
-fn vmm_program(named: Option<&Path>) -> PathBuf {
+/// The keeper of snapshots.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "This machine")]
+pub(crate) struct KeeperOptions {
+    /// The keeper's program [default: belljar-keeper beside this one]
+    #[arg(
+        id = "keeper_program",
+        long = "keeper",
+        value_name = "FILE",
+        env = "BELLJAR_KEEPER"
+    )]
+    keeper: Option<PathBuf>,
+}
+
+impl KeeperOptions {
+    /// The keeper of these sandboxes.
+    pub(crate) fn keeper(&self, root: &StateRoot) -> Keeper {
+        snapshots::keeper_of(root, program(self.keeper.as_deref(), "belljar-keeper"))
+    }
+}
+
+/// The program named, or the one of that name beside this one.
+fn program(named: Option<&Path>, name: &str) -> PathBuf {
     named.map_or_else(
         || {
             let beside = std::env::current_exe().unwrap_or_default();
-            beside.with_file_name("belljar-vmm")
+            beside.with_file_name(name)
         },
-        // The VMM runs in the sandbox's directory.
+        // It runs in another directory.
         |path| std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf()),
     )
 }

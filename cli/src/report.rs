@@ -21,6 +21,13 @@ pub(crate) fn note(message: &str) {
     print(&format!("{}: {message}\n", paint("belljar", "1;33")));
 }
 
+/// Prints what is good to know, for people only: nothing if standard error is no terminal.
+pub(crate) fn aside(message: &str) {
+    if stderr().is_terminal() {
+        print(&format!("{}: {message}\n", paint("belljar", "1")));
+    }
+}
+
 /// Prints why a boot failed, with the last lines of whoever knows more.
 pub(crate) fn boot_failure(error: &BootError) {
     let mut text = String::new();

@@ -129,6 +129,13 @@ pub(crate) fn label(text: &str) -> Result<Label, String> {
     })
 }
 
+/// Labels with their values; one without a value has an empty one.
+pub(crate) fn labels(all: &[Label]) -> std::collections::BTreeMap<String, String> {
+    all.iter()
+        .map(|label| (label.key.clone(), label.value.clone().unwrap_or_default()))
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

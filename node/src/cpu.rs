@@ -19,6 +19,12 @@ pub fn read() -> Cpu {
     parse(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default())
 }
 
+/// The maker of the host's processor, as CPUID tells it.
+#[must_use]
+pub fn vendor() -> String {
+    read().vendor
+}
+
 /// Whether this machine is a virtual one.
 #[must_use]
 pub fn is_virtual() -> bool {

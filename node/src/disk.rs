@@ -130,13 +130,21 @@ pub fn private_copy(from: &Path, to: &Path) -> Result<(), CopyError> {
 
 fn copy(from: &Path, to: &Path) -> io::Result<()> {
     let source = File::open(from)?;
-    let length = source.metadata()?.len();
     let target = OpenOptions::new()
         .read(true)
         .write(true)
         .create_new(true)
         .mode(0o600)
         .open(to)?;
+    copy_into(source, target)
+}
+
+/// Copies what a file holds into an empty one, in the same way.
+///
+/// # Errors
+/// The file cannot be read, or the file system is full.
+pub fn copy_into(source: File, target: File) -> io::Result<()> {
+    let length = source.metadata()?.len();
     if rustix::fs::ioctl_ficlone(&target, &source).is_ok() {
         return Ok(());
     }

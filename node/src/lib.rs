@@ -24,6 +24,7 @@ pub mod process;
 pub mod registry;
 pub mod sandbox;
 pub mod size;
+pub mod snapshots;
 pub mod stages;
 pub mod state;
 pub mod supervisor;

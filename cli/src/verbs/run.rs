@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use belljar_node::End;
 use belljar_node::ending::{Ended, Meaning, signal_name};
 use belljar_node::process::{Outcome, SIGNALS};
-use belljar_node::sandbox::{BootError, Limits, Sandbox};
+use belljar_node::sandbox::{BootError, ImageChoice, Limits, Sandbox};
 use belljar_node::stages::Stages;
 use belljar_node::state::StateRoot;
 use belljar_node::state::spec::Life;
@@ -15,10 +15,11 @@ use belljar_node::sys::{SIGINT, SignalFd};
 
 use crate::OURS;
 use crate::failure::{Failure, status_of};
-use crate::options::{BootOptions, GuestOptions, MachineOptions, NameOptions};
+use crate::options::{BootOptions, GuestOptions, KeeperOptions, MachineOptions, NameOptions};
 use crate::output;
 use crate::report;
 use crate::session::{self, CommandOptions, Ends, MAIN, TerminalOptions};
+use crate::verbs::restore::From;
 
 /// Boot a fresh guest and run a command in it
 ///
@@ -32,6 +33,7 @@ Examples:
   belljar run -it -- bash                        a terminal; gone when bash ends
   belljar run --memory 1G --cpus 2 -- make -j2
   belljar run --drive data.img:ro -- mount -o ro /dev/vdc /mnt
+  belljar run --from ready -- ./tests            in a guest that goes on from a snapshot
   belljar run -d --name web                      a guest that runs until it is stopped
   belljar run -d -- ./server                     with a command in it: see logs, attach
   belljar run --timeout 10s -- ./might-hang      exit status 124 after ten seconds
@@ -59,6 +61,17 @@ pub(crate) struct Args {
     /// Remove the sandbox at the end even if it has a name
     #[arg(long)]
     rm: bool,
+
+    /// Go on from a snapshot instead of booting; what the guest is made of is the snapshot's
+    #[arg(
+        long,
+        value_name = "SNAPSHOT",
+        conflicts_with_all = ["cpus", "memory", "disk", "drive", "kernel", "initramfs", "boot_args"]
+    )]
+    from: Option<String>,
+
+    #[command(flatten)]
+    keeper: KeeperOptions,
 
     #[command(flatten)]
     naming: NameOptions,
@@ -105,16 +118,14 @@ pub(crate) fn run(options: &Args, begin: Instant) -> u8 {
 
 fn boot_and_exec(options: &Args, stages: &mut Stages) -> Result<u8, Failure> {
     let signals = SignalFd::new(&SIGNALS).map_err(Failure::new)?;
-    let root = StateRoot::locate()?;
-    let guest = options.guest.spec(&options.machine)?;
-    let new = options.naming.describe(life(options), guest)?;
     let limits = Limits {
         boot: options.boot.limit(),
         cancel: Some(signals.as_fd()),
     };
-    let programs = options.machine.programs();
-    let mut sandbox = match Sandbox::boot(&root, &programs, &new, limits, stages) {
-        Err(error @ BootError::Cancelled) => return Err(cancelled(&error, &signals)),
+    let mut sandbox = match bring_up(options, limits, stages) {
+        Err(Failure::Boot(error @ BootError::Cancelled)) => {
+            return Err(cancelled(&error, &signals));
+        }
         other => other?,
     };
 
@@ -149,7 +160,7 @@ fn boot_and_exec(options: &Args, stages: &mut Stages) -> Result<u8, Failure> {
     session::comment(&outcome);
     let given_up = matches!(outcome, Outcome::GivenUp(_));
     let drives = &options.guest.drive;
-    let kept = new.life == Life::Persistent || drives.iter().any(|drive| !drive.read_only);
+    let kept = life(options) == Life::Persistent || drives.iter().any(|drive| !drive.read_only);
     let unsaved = kept && !given_up;
     if unsaved && !matches!(sandbox.shut_down(SHUTDOWN_LIMIT), Ok(Some(_))) {
         report::failure(
@@ -160,6 +171,28 @@ fn boot_and_exec(options: &Args, stages: &mut Stages) -> Result<u8, Failure> {
     let _ = sandbox.tear_down();
     stages.mark("end");
     Ok(outcome.exit_status())
+}
+
+/// Boots a guest, or restores one.
+fn bring_up(options: &Args, limits: Limits<'_>, stages: &mut Stages) -> Result<Sandbox, Failure> {
+    if let Some(snapshot) = &options.from {
+        let clone = options.naming.clone_of(life(options));
+        let from = From {
+            snapshot,
+            image: match &options.guest.image {
+                Some(ImageChoice::Path(path)) => Some(path.clone()),
+                _ => None,
+            },
+            keeper: &options.keeper,
+            machine: &options.machine,
+        };
+        return from.restore(&clone, limits, stages);
+    }
+    let root = StateRoot::locate()?;
+    let guest = options.guest.spec(&options.machine)?;
+    let new = options.naming.describe(life(options), guest)?;
+    let programs = options.machine.programs();
+    Ok(Sandbox::boot(&root, &programs, &new, limits, stages)?)
 }
 
 /// What happens to the sandbox at the end.

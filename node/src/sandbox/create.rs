@@ -6,11 +6,10 @@ use super::BootError;
 use super::plan::{self, NewSandbox};
 use crate::disk::{empty_of, private_copy};
 use crate::size::Size;
-use crate::state::spec::Life;
+use crate::state::spec::{Life, SandboxSpec};
 use crate::state::{self, SandboxDir, StateRoot};
 
-/// Makes the directory of a sandbox with its disk and its configuration, and keeps it locked. The
-/// configuration is written last, so that a sandbox without one is known as half made.
+/// Makes the directory of a sandbox with its disk and its configuration, and keeps it locked.
 ///
 /// # Errors
 /// What is asked for cannot be; nothing is left behind then.
@@ -20,25 +19,41 @@ pub fn create(root: &StateRoot, new: &NewSandbox) -> Result<(SandboxDir, File), 
         .disk
         .map(|bytes| empty_of(Size(bytes), &new.guest.assets))
         .transpose()?;
-    let (dir, lock) = root.create()?;
-    let fill = || -> Result<(), BootError> {
-        if let Some(name) = &new.name {
-            root.claim_name(name, &dir)?;
-        }
+    create_with(root, &spec, |dir| {
         if let Some(empty) = &empty {
             private_copy(empty, &dir.file(state::DISK))?;
         }
-        if new.life == Life::Persistent {
-            dir.write_record_durably(state::CONFIG, &spec)?;
+        Ok(())
+    })
+}
+
+/// Makes the directory of a sandbox, has `fill` put into it what belongs to it, and keeps it locked. The
+/// configuration is written last, so that a sandbox without one is known as half made.
+///
+/// # Errors
+/// Something cannot be made; nothing is left behind then.
+pub(crate) fn create_with(
+    root: &StateRoot,
+    spec: &SandboxSpec,
+    fill: impl FnOnce(&SandboxDir) -> Result<(), BootError>,
+) -> Result<(SandboxDir, File), BootError> {
+    let (dir, lock) = root.create()?;
+    let make = || -> Result<(), BootError> {
+        if let Some(name) = &spec.name {
+            root.claim_name(name, &dir)?;
+        }
+        fill(&dir)?;
+        if spec.life == Life::Persistent {
+            dir.write_record_durably(state::CONFIG, spec)?;
         } else {
-            dir.write_record(state::CONFIG, &spec)?;
+            dir.write_record(state::CONFIG, spec)?;
         }
         Ok(())
     };
-    match fill() {
+    match make() {
         Ok(()) => Ok((dir, lock)),
         Err(error) => {
-            if let Some(name) = &new.name {
+            if let Some(name) = &spec.name {
                 root.release_name(name, dir.id());
             }
             let _ = dir.remove();

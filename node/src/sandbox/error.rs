@@ -55,6 +55,8 @@ pub enum BootError {
     },
     #[error("the guest came up, but not as asked: {0}")]
     Degraded(String),
+    #[error("the guest's agent did not take over: {0}")]
+    NotAdopted(String),
     #[error("interrupted while the guest was booting")]
     Cancelled,
 }
@@ -87,6 +89,9 @@ impl BootError {
                 "choose another name, or remove that sandbox with 'belljar rm'"
             }
             Self::Disk(_) => "check the space below the state directory (BELLJAR_STATE)",
+            Self::NotAdopted(_) => {
+                "the snapshot may be of a guest that hung; restore an older one, or boot a new guest"
+            }
             Self::Name(_) | Self::Drive(_) | Self::Invalid(_) | Self::Cancelled => return None,
             Self::NoVmm(_) => "run 'make build', or name it with --vmm",
             Self::Supervisor { .. } | Self::NotStarted(_) => "'belljar doctor' checks this machine",
@@ -125,6 +130,9 @@ fn refused_remedy(path: &str) -> &'static str {
     match path {
         "/boot-source" => "name an x86-64 vmlinux or bzImage with --kernel, or run 'make kernel'",
         "/machine-config" => "--cpus takes 1 to 32, --memory at least 32M",
+        "/snapshot/load" => {
+            "'belljar inspect SNAPSHOT' tells what it needs; this machine's processor or VMM may be another"
+        }
         "/actions" => "'belljar doctor' checks kernel, memory and /dev/kvm",
         _ if path.starts_with("/drives/") => {
             "check the files given with --image, --disk and --drive"

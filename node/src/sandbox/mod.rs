@@ -4,6 +4,7 @@ mod create;
 mod error;
 mod plan;
 mod record;
+mod restore;
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 use belljar_protocol::{READY_PORT, client, v1};
 
 pub use create::create;
+pub(crate) use create::create_with;
 pub use error::BootError;
 pub use plan::{DiskChoice, GuestSpec, ImageChoice, NewSandbox};
 pub use record::{BootRecord, StageRecord};

@@ -151,29 +151,14 @@ pub(super) fn configure(spec: &SandboxSpec, assets: &Assets) -> Result<Config, B
     let kernel = file("kernel", &spec.kernel, Assets::kernel)?;
     let initramfs = file("initramfs", &spec.initramfs, Assets::initramfs)?;
     let mut boot_args = BOOT_ARGS.to_owned();
-    let mut drives = Vec::new();
-    if let Some(image) = &spec.image {
-        let image = absolute_file("image", image)?;
-        drives.push(drive(IMAGE, utf8(&image)?, true, CacheType::Unsafe));
+    if spec.image.is_some() {
         boot_args.push_str(" belljar.image=/dev/vda");
     }
     if spec.disk.is_some() {
         let device = if spec.image.is_some() { 'b' } else { 'a' };
         boot_args.push_str(&format!(" belljar.disk=/dev/vd{device}"));
-        // What must outlive the VMM has to reach the host's disk when the guest says so.
-        let cache = if spec.life == Life::Persistent {
-            CacheType::Writeback
-        } else {
-            CacheType::Unsafe
-        };
-        drives.push(drive(DISK, state::DISK.to_owned(), false, cache));
     }
-    let extra: Vec<DriveSpec> = spec.drives.iter().map(drive_spec).collect();
-    let ids = assign_ids(&extra, &[IMAGE, DISK])?;
-    for (extra, id) in extra.iter().zip(ids) {
-        let path = utf8(&absolute_file("drive", &extra.path)?)?;
-        drives.push(drive(&id, path, extra.read_only, CacheType::Writeback));
-    }
+    let drives = drives(spec)?;
     if let Some(name) = &spec.name {
         boot_args.push_str(&format!(" belljar.hostname={}", host_name(name)));
     }
@@ -193,8 +178,33 @@ pub(super) fn configure(spec: &SandboxSpec, assets: &Assets) -> Result<Config, B
     })
 }
 
+/// Its drives, in the order the guest sees.
+pub(super) fn drives(spec: &SandboxSpec) -> Result<Vec<Drive>, BootError> {
+    let mut drives = Vec::new();
+    if let Some(image) = &spec.image {
+        let image = absolute_file("image", image)?;
+        drives.push(drive(IMAGE, utf8(&image)?, true, CacheType::Unsafe));
+    }
+    if spec.disk.is_some() {
+        // What must outlive the VMM has to reach the host's disk when the guest says so.
+        let cache = if spec.life == Life::Persistent {
+            CacheType::Writeback
+        } else {
+            CacheType::Unsafe
+        };
+        drives.push(drive(DISK, state::DISK.to_owned(), false, cache));
+    }
+    let extra: Vec<DriveSpec> = spec.drives.iter().map(drive_spec).collect();
+    let ids = assign_ids(&extra, &[IMAGE, DISK])?;
+    for (extra, id) in extra.iter().zip(ids) {
+        let path = utf8(&absolute_file("drive", &extra.path)?)?;
+        drives.push(drive(&id, path, extra.read_only, CacheType::Writeback));
+    }
+    Ok(drives)
+}
+
 /// A sandbox's name as a host name: RFC 1123 knows no underscore and no dot in a label's place.
-fn host_name(name: &str) -> String {
+pub(super) fn host_name(name: &str) -> String {
     name.replace(['_', '.'], "-")
         .trim_end_matches('-')
         .to_owned()

@@ -7,6 +7,8 @@
 //! | `lock` | locked (flock) by the supervisor, and by whoever makes, starts or removes the sandbox |
 //! | `config.json` | what the sandbox is; appears by rename when all else is ready |
 //! | `boot.json` | the stages of the last start |
+//! | `origin.json` | which snapshot it comes from; only if it does |
+//! | `capture` | locked (flock) while it is held still for a snapshot |
 //! | `owner.json` | supervisor, VMM, boot of the machine |
 //! | `ended.json` | how the VMM ended; appears by rename |
 //! | `api.sock` | the VMM's control API |
@@ -53,6 +55,8 @@ const REMOVING: &str = "removing";
 pub const LOCK: &str = "lock";
 pub const CONFIG: &str = "config.json";
 pub const BOOT: &str = "boot.json";
+pub const ORIGIN: &str = "origin.json";
+pub const CAPTURE: &str = "capture";
 pub const CONTROL_SOCKET: &str = "control.sock";
 pub const OWNER: &str = "owner.json";
 pub const ENDED: &str = "ended.json";
@@ -145,6 +149,12 @@ impl StateRoot {
             sandboxes: root.join("sandboxes"),
             names: root.join("names"),
         })
+    }
+
+    /// The directory of the keeper.
+    #[must_use]
+    pub fn keeper_dir(&self) -> PathBuf {
+        self.sandboxes.with_file_name(belljar_keeper::DIR)
     }
 
     /// Where the directories of the sandboxes are.

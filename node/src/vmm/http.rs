@@ -44,11 +44,26 @@ impl Response {
 
 /// Appends a request with a JSON body, or none if that is empty.
 pub(super) fn put_request(out: &mut Vec<u8>, method: &str, path: &str, body: &[u8]) {
+    put_request_with(out, method, path, body, &[]);
+}
+
+/// The same with the names of the descriptors that come with it.
+pub(super) fn put_request_with(
+    out: &mut Vec<u8>,
+    method: &str,
+    path: &str,
+    body: &[u8],
+    descriptors: &[&str],
+) {
     let mut head = String::new();
+    let named = match descriptors {
+        [] => String::new(),
+        names => format!("Belljar-Fds: {}\r\n", names.join(", ")),
+    };
     // Writing to a string does not fail.
     let _ = write!(
         head,
-        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\n{named}Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
         body.len()
     );
     out.extend_from_slice(head.as_bytes());

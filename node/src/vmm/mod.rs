@@ -3,7 +3,9 @@
 mod config;
 mod http;
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -83,11 +85,27 @@ pub fn request(
     body: &[u8],
     deadline: Instant,
 ) -> Result<Response, ApiError> {
+    request_with(stream, (method, path), body, &[], deadline)
+}
+
+/// The same with descriptors, which the body names as `fd:NAME`.
+///
+/// # Errors
+/// It was refused, or what happened to the connection.
+pub fn request_with(
+    stream: &mut UnixStream,
+    (method, path): (&'static str, &str),
+    body: &[u8],
+    descriptors: &[(&str, BorrowedFd<'_>)],
+    deadline: Instant,
+) -> Result<Response, ApiError> {
     let begin = Instant::now();
     let mut bytes = Vec::new();
-    http::put_request(&mut bytes, method, path, body);
+    let names: Vec<&str> = descriptors.iter().map(|(name, _)| *name).collect();
+    http::put_request_with(&mut bytes, method, path, body, &names);
     stream.set_write_timeout(Some(time_left(deadline)))?;
-    stream.write_all(&bytes)?;
+    let sent = send_with(stream, &bytes, descriptors)?;
+    stream.write_all(bytes.get(sent..).unwrap_or_default())?;
     let mut reader = http::ResponseReader::default();
     let response = next_response(stream, &mut reader, (method, path), begin, deadline)?;
     if response.status / 100 == 2 {
@@ -99,6 +117,34 @@ pub fn request(
             fault: response.fault_message(),
         })
     }
+}
+
+/// Most descriptors of a call.
+const MAX_DESCRIPTORS: usize = 32;
+
+/// Sends the beginning of a request, and all descriptors with it. Returns how much was sent.
+fn send_with(
+    stream: &UnixStream,
+    bytes: &[u8],
+    descriptors: &[(&str, BorrowedFd<'_>)],
+) -> io::Result<usize> {
+    if descriptors.is_empty() {
+        return Ok(0);
+    }
+    let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(|(_, fd)| *fd).collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+    let mut ancillary = rustix::net::SendAncillaryBuffer::new(&mut space);
+    let message = rustix::net::SendAncillaryMessage::ScmRights(&descriptors);
+    if !ancillary.push(message) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let flags = rustix::net::SendFlags::NOSIGNAL;
+    Ok(rustix::net::sendmsg(
+        stream,
+        &[IoSlice::new(bytes)],
+        &mut ancillary,
+        flags,
+    )?)
 }
 
 fn next_response(

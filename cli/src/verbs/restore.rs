@@ -1,0 +1,202 @@
+//! `belljar restore` and `belljar fork`.
+
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use belljar_node::process::SIGNALS;
+use belljar_node::sandbox::{Limits, Sandbox};
+use belljar_node::snapshots::{self, Fork, NewClone, Source};
+use belljar_node::stages::Stages;
+use belljar_node::state::StateRoot;
+use belljar_node::state::spec::Life;
+use belljar_node::sys::SignalFd;
+
+use crate::failure::{Failure, status_of};
+use crate::options::{self, BootOptions, KeeperOptions, MachineOptions};
+use crate::output;
+use crate::report;
+use crate::values::{self, Label};
+
+/// Make a sandbox from a snapshot, and let it go on from there
+///
+/// Prints the sandbox's id. It has random numbers, a clock, a host name and a machine id of its own before any
+/// of its programs runs. Without a name it goes away when its guest ends.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  belljar restore ready                      by tag
+  belljar restore 3f9a --name web            by the beginning of its id; it stays, as it has a name
+  belljar restore ready -v                   what it took, by stages
+  belljar run --from ready -- ./tests        one command in a guest that goes away with it")]
+pub(crate) struct Args {
+    /// Tag or id of the snapshot, or the beginning of the id
+    #[arg(value_name = "SNAPSHOT")]
+    snapshot: String,
+
+    /// A name that no other sandbox has; a sandbox with a name stays when its guest ends
+    #[arg(short, long, value_parser = values::name)]
+    name: Option<String>,
+
+    /// A label to find it by; may be given several times
+    #[arg(short, long, value_name = "KEY=VALUE", value_parser = values::label)]
+    label: Vec<Label>,
+
+    /// Root file system, if it is not where it was
+    #[arg(long, value_name = "FILE")]
+    image: Option<PathBuf>,
+
+    /// Print what it took, by stages, on standard error
+    #[arg(short = 'v', long)]
+    stages: bool,
+
+    #[command(flatten)]
+    machine: MachineOptions,
+
+    #[command(flatten)]
+    boot: BootOptions,
+
+    #[command(flatten)]
+    keeper: KeeperOptions,
+}
+
+/// Returns the exit status.
+pub(crate) fn restore(args: &Args, begin: Instant) -> u8 {
+    let mut stages = Stages::new(begin);
+    let status = status_of(make(args, &mut stages));
+    if args.stages {
+        report::stages(&stages);
+    }
+    status
+}
+
+fn make(args: &Args, stages: &mut Stages) -> Result<u8, Failure> {
+    let clone = NewClone {
+        life: if args.name.is_some() {
+            Life::Persistent
+        } else {
+            Life::Detached
+        },
+        name: args.name.clone(),
+        labels: values::labels(&args.label),
+    };
+    let signals = SignalFd::new(&SIGNALS).map_err(Failure::new)?;
+    let limits = Limits {
+        boot: args.boot.limit(),
+        cancel: Some(signals.as_fd()),
+    };
+    let from = From {
+        snapshot: &args.snapshot,
+        image: args.image.clone(),
+        keeper: &args.keeper,
+        machine: &args.machine,
+    };
+    let sandbox = from.restore(&clone, limits, stages)?;
+    let dir = sandbox.release()?;
+    output::print(&format!("{}\n", dir.id()));
+    Ok(0)
+}
+
+/// Where a sandbox comes from.
+pub(crate) struct From<'a> {
+    pub(crate) snapshot: &'a str,
+    pub(crate) image: Option<PathBuf>,
+    pub(crate) keeper: &'a KeeperOptions,
+    pub(crate) machine: &'a MachineOptions,
+}
+
+impl From<'_> {
+    /// A sandbox that this process owns.
+    pub(crate) fn restore(
+        &self,
+        clone: &NewClone,
+        limits: Limits<'_>,
+        stages: &mut Stages,
+    ) -> Result<Sandbox, Failure> {
+        let root = StateRoot::locate()?;
+        let assets = self.machine.assets()?;
+        let keeper = self.keeper.keeper(&root);
+        let source = Source::open(&keeper, self.snapshot, &assets, self.image.clone())?;
+        stages.mark(if source.hot {
+            "template"
+        } else {
+            "template filled"
+        });
+        let programs = self.machine.programs();
+        Ok(snapshots::restore(
+            &root, &programs, &source, clone, &assets, limits, stages,
+        )?)
+    }
+}
+
+/// Make clones of a running or paused sandbox, which stands still for a moment
+///
+/// Prints the clones' ids. They share one image of the memory, and cost what they write; nothing is stored.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  belljar fork box                           one clone, which goes away with its guest
+  belljar fork box --count 10 --name worker  worker-1 to worker-10, which stay")]
+pub(crate) struct ForkArgs {
+    /// Id or name of the sandbox, or the beginning of either
+    #[arg(value_name = "BOX")]
+    sandbox: String,
+
+    /// How many
+    #[arg(short, long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    count: u32,
+
+    /// A name; of several clones the beginning of their names
+    #[arg(short, long, value_parser = values::name)]
+    name: Option<String>,
+
+    /// A label to find them by; may be given several times
+    #[arg(short, long, value_name = "KEY=VALUE", value_parser = values::label)]
+    label: Vec<Label>,
+
+    #[command(flatten)]
+    machine: MachineOptions,
+
+    #[command(flatten)]
+    boot: BootOptions,
+
+    #[command(flatten)]
+    keeper: KeeperOptions,
+}
+
+/// Returns the exit status.
+pub(crate) fn fork(args: &ForkArgs) -> u8 {
+    status_of(make_clones(args))
+}
+
+fn make_clones(args: &ForkArgs) -> Result<u8, Failure> {
+    let root = StateRoot::locate()?;
+    let found = options::find(&args.sandbox)?;
+    let assets = args.machine.assets()?;
+    let signals = SignalFd::new(&SIGNALS).map_err(Failure::new)?;
+    let limits = Limits {
+        boot: args.boot.limit(),
+        cancel: Some(signals.as_fd()),
+    };
+    let fork = Fork {
+        count: args.count,
+        name: args.name.clone(),
+        labels: values::labels(&args.label),
+    };
+    let forked = snapshots::fork(
+        &root,
+        &args.machine.programs(),
+        &assets,
+        &args.keeper.keeper(&root),
+        &found,
+        &fork,
+        limits,
+        |id| output::print(&format!("{id}\n")),
+    )?;
+    report::aside(&format!(
+        "its programs stood still for {} ms, its processors for {} ms",
+        forked.frozen.as_millis(),
+        forked.paused.as_millis()
+    ));
+    Ok(0)
+}

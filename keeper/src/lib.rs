@@ -1,0 +1,44 @@
+//! The keeper of a trust domain: the only opener of its store (`belljar-store`). It keeps captures behind the
+//! resumed guest, fills templates for restores, and answers questions about what is stored.
+//!
+//! One process for each state root, started by whoever needs it first ([`client`]), gone when nobody has
+//! needed it for a while ([`server`]). What it holds on disk is in `keeper/` of the state root:
+//!
+//! | | |
+//! | --- | --- |
+//! | `lock` | locked (flock) by the keeper that runs |
+//! | `keeper.sock` | where it listens |
+//! | `keeper.log` | what it had to say; begun anew when it is long |
+//! | `store/` | the store, see `docs/snapshot-format.md` |
+//! | `templates/ID.memory`, `ID.disk` | complete images of snapshot ID, sparse, read-only: a cache |
+//! | `digests` | contents of base images by file, size and time: a cache |
+#![forbid(unsafe_code)]
+
+pub mod client;
+pub mod server;
+pub mod wire;
+
+/// The messages, from `proto/`.
+#[allow(clippy::all, clippy::pedantic, unreachable_pub, missing_docs)]
+pub mod v1 {
+    include!(concat!(env!("OUT_DIR"), "/belljar.keeper.v1.rs"));
+}
+
+/// Version of the protocol; both sides are installed together.
+pub const VERSION: u32 = 1;
+/// Its directory in a state root.
+pub const DIR: &str = "keeper";
+/// Name of its socket.
+pub const SOCKET: &str = "keeper.sock";
+/// How long a keeper that nobody needs stays, in milliseconds; for tests.
+pub const IDLE_VARIABLE: &str = "BELLJAR_KEEPER_IDLE_MS";
+/// Bytes that templates may take on disk.
+pub const TEMPLATES_VARIABLE: &str = "BELLJAR_TEMPLATE_BYTES";
+
+/// The image of the VMM's state, of guest RAM, of the writable disk, and what the sandbox was.
+pub mod images {
+    pub const STATE: &str = "state";
+    pub const MEMORY: &str = "memory";
+    pub const DISK: &str = "disk:disk";
+    pub const SANDBOX: &str = "sandbox";
+}

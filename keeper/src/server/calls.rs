@@ -1,0 +1,439 @@
+//! Calls about what is stored.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{self, Seek, Write};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use belljar_store::{Imported, Reader, Snapshot, SnapshotId};
+use rustix::fs::MemfdFlags;
+
+use super::capture::ARCHITECTURE;
+use super::names::{io_error, refusal, snapshot};
+use super::session::Answered;
+use super::templates::{Part, read_only};
+use super::{Busy, Shared, log};
+use crate::images;
+use crate::v1::{self, error::Code, reply::Result as Answer, request::Call};
+
+/// Longest state of a VMM, and longest record of a sandbox.
+const SMALL: usize = 4 << 20;
+/// Room that is left when everything else fits.
+const RESERVE: u64 = 16 << 20;
+
+/// Carries out a call; `meanwhile` sends what goes before the answer, and is false when nobody takes it.
+pub(super) fn answer(
+    shared: &Arc<Shared>,
+    call: Call,
+    descriptors: Vec<OwnedFd>,
+    meanwhile: &mut dyn FnMut(Answer) -> bool,
+) -> Answered {
+    let plain = |answer| Ok((answer, Vec::new()));
+    match call {
+        Call::Open(open) => self::open(shared, &open),
+        Call::List(_) => list(shared, meanwhile),
+        Call::Describe(call) => {
+            let reader = read(shared, &call.snapshot)?;
+            plain(Answer::Description(describe(shared, &reader)?))
+        }
+        Call::Remove(call) => {
+            let id = find(shared, &call.snapshot)?;
+            shared.store.remove(id, &ids(&call.live))?;
+            shared.templates.remove(id);
+            plain(Answer::Done(v1::Done {}))
+        }
+        Call::Mark(call) => mark(shared, call),
+        Call::Usage(_) => usage(shared),
+        Call::Verify(_) => verify(shared, meanwhile),
+        Call::Collect(call) => collect(shared, &call),
+        Call::SetBudget(call) => {
+            if let Some(bytes) = call.store_bytes {
+                shared.store.set_budget(bytes)?;
+            }
+            plain(Answer::Done(v1::Done {}))
+        }
+        Call::Export(call) => export(shared, &call, descriptors, meanwhile),
+        Call::Import(call) => import(shared, &call, descriptors, meanwhile),
+        Call::Ping(_) | Call::Begin(_) | Call::Keep(_) | Call::Settle(_) => {
+            Err(refusal(Code::Invalid, "this call belongs to a capture"))
+        }
+    }
+}
+
+fn ids(texts: &[String]) -> HashSet<SnapshotId> {
+    texts.iter().filter_map(|text| text.parse().ok()).collect()
+}
+
+/// The snapshot that a word means; one that is still being stored is waited for.
+fn find(shared: &Shared, word: &str) -> Result<SnapshotId, v1::Error> {
+    shared.captures.wait_for(word);
+    Ok(shared.store.find(word)?)
+}
+
+fn read(shared: &Shared, word: &str) -> Result<Reader, v1::Error> {
+    let id = find(shared, word)?;
+    Ok(shared.store.read(id)?)
+}
+
+fn listed(shared: &Shared, id: SnapshotId) -> Result<Option<Snapshot>, v1::Error> {
+    let all = shared.store.list()?;
+    Ok(all.into_iter().find(|snapshot| snapshot.id == id))
+}
+
+fn list(shared: &Shared, meanwhile: &mut dyn FnMut(Answer) -> bool) -> Answered {
+    let stored = shared.store.list()?.into_iter().map(snapshot);
+    for item in stored.chain(shared.captures.list()) {
+        if !meanwhile(Answer::Item(item)) {
+            break;
+        }
+    }
+    Ok((Answer::Done(v1::Done {}), Vec::new()))
+}
+
+fn describe(shared: &Shared, reader: &Reader) -> Result<v1::Description, v1::Error> {
+    let manifest = reader.manifest();
+    let needs = &manifest.requirements;
+    let sandbox = match manifest.image(images::SANDBOX) {
+        Some(_) => reader.read_all(images::SANDBOX, SMALL)?,
+        None => Vec::new(),
+    };
+    Ok(v1::Description {
+        snapshot: listed(shared, manifest.id)?.map(snapshot),
+        sandbox,
+        architecture: needs.architecture.clone(),
+        cpu_baseline: needs.cpu_baseline.clone(),
+        memory_bytes: needs.memory_bytes,
+        vcpus: needs.vcpus,
+        base_images: needs.base_images.clone(),
+        requirements: needs.other.clone(),
+        images: manifest
+            .images
+            .iter()
+            .map(|image| v1::Image {
+                name: image.name.clone(),
+                kind: format!("{:?}", image.kind).to_lowercase(),
+                length: image.length,
+                data_bytes: image.data_pages().saturating_mul(belljar_store::PAGE),
+                extents: image.extents.len() as u64,
+            })
+            .collect(),
+        has_template: shared.templates.get(manifest.id, Part::Memory).is_some(),
+    })
+}
+
+fn open(shared: &Arc<Shared>, call: &v1::Open) -> Answered {
+    let reader = read(shared, &call.snapshot)?;
+    let manifest = reader.manifest();
+    let id = manifest.id;
+    if manifest.requirements.architecture != ARCHITECTURE {
+        return Err(refusal(
+            Code::Invalid,
+            format!(
+                "snapshot {id} is of a machine of architecture {}, and this is {ARCHITECTURE}",
+                manifest.requirements.architecture
+            ),
+        ));
+    }
+    let mut opened = v1::Opened {
+        base_images: base_images(shared, &reader, &call.candidates)?,
+        description: Some(describe(shared, &reader)?),
+        has_memory: manifest.image(images::MEMORY).is_some(),
+        has_disk: manifest.image(images::DISK).is_some(),
+        hot: true,
+    };
+    let mut descriptors = Vec::new();
+    if opened.has_memory {
+        descriptors.push(state(&reader)?);
+        let (memory, was_there) = template(shared, &reader, Part::Memory, images::MEMORY)?;
+        opened.hot = was_there;
+        descriptors.push(memory.into());
+    }
+    if opened.has_disk {
+        let (disk, was_there) = template(shared, &reader, Part::Disk, images::DISK)?;
+        opened.hot &= was_there;
+        descriptors.push(disk.into());
+    }
+    if !opened.hot {
+        settle_later(shared, id);
+    }
+    Ok((Answer::Opened(opened), descriptors))
+}
+
+/// Each base image must be there with the content that it had.
+fn base_images(
+    shared: &Shared,
+    reader: &Reader,
+    candidates: &[v1::BaseImage],
+) -> Result<std::collections::BTreeMap<String, String>, v1::Error> {
+    let mut chosen = std::collections::BTreeMap::new();
+    for (drive, wanted) in &reader.manifest().requirements.base_images {
+        let mut tried = Vec::new();
+        for candidate in candidates.iter().filter(|image| image.drive == *drive) {
+            match shared.digests.of(Path::new(&candidate.path)) {
+                Ok(digest) if digest == *wanted => {
+                    chosen.insert(drive.clone(), candidate.path.clone());
+                    break;
+                }
+                Ok(_) => tried.push(format!("{} has another content", candidate.path)),
+                Err(error) => tried.push(format!("{}: {error}", candidate.path)),
+            }
+        }
+        if !chosen.contains_key(drive) {
+            let tried = match tried.as_slice() {
+                [] => "no file was named".to_owned(),
+                tried => tried.join("; "),
+            };
+            return Err(refusal(
+                Code::BaseImage,
+                format!("the base image of drive '{drive}' is missing: {tried}"),
+            ));
+        }
+    }
+    Ok(chosen)
+}
+
+/// The VMM's state in a file of its own.
+fn state(reader: &Reader) -> Result<OwnedFd, v1::Error> {
+    let bytes = reader.read_all(images::STATE, SMALL)?;
+    let made = || -> io::Result<File> {
+        let memfd = rustix::fs::memfd_create("state", MemfdFlags::CLOEXEC)?;
+        let mut file = File::from(memfd);
+        file.write_all(&bytes)?;
+        file.rewind()?;
+        read_only(&file)
+    };
+    Ok(made().map_err(io_error("hand over the state"))?.into())
+}
+
+/// A complete image as a file; made from chunks if there is none.
+fn template(
+    shared: &Shared,
+    reader: &Reader,
+    part: Part,
+    image: &str,
+) -> Result<(File, bool), v1::Error> {
+    let length = reader.image(image)?.length;
+    let data = reader
+        .image(image)?
+        .data_pages()
+        .saturating_mul(belljar_store::PAGE);
+    shared
+        .templates
+        .get_or_fill(reader.manifest().id, part, |file| {
+            let (free, wanted) = (shared.templates.free_bytes(), data.saturating_add(RESERVE));
+            if free < wanted {
+                return Err(Refused(refusal(
+                    Code::NoSpace,
+                    format!(
+                        "there are {} MiB of space where snapshots are kept; restoring this one takes {} MiB",
+                        free >> 20,
+                        wanted >> 20
+                    ),
+                )));
+            }
+            file.set_len(length)?;
+            reader
+                .restore(image, file, 0)
+                .map_err(|error| Refused(error.into()))?;
+            Ok(())
+        })
+        .map_err(|Refused(error)| error)
+}
+
+/// A failure while a template is filled.
+struct Refused(v1::Error);
+
+impl From<io::Error> for Refused {
+    fn from(error: io::Error) -> Self {
+        Self(io_error("make a template")(error))
+    }
+}
+
+/// Makes templates durable behind the answer.
+fn settle_later(shared: &Arc<Shared>, id: SnapshotId) {
+    let busy = Busy::begin(shared);
+    let made = std::thread::Builder::new()
+        .name("settle".to_owned())
+        .spawn(move || busy.shared().templates.settle(id));
+    if let Err(error) = made {
+        log::line(&format!("a template is not kept: {error}"));
+    }
+}
+
+fn mark(shared: &Shared, call: v1::Mark) -> Answered {
+    let id = find(shared, &call.snapshot)?;
+    if !call.labels.is_empty() {
+        let mut labels = listed(shared, id)?
+            .map(|snapshot| snapshot.labels)
+            .unwrap_or_default();
+        for (key, value) in call.labels {
+            if value.is_empty() {
+                labels.remove(&key);
+            } else {
+                labels.insert(key, value);
+            }
+        }
+        shared.store.label(id, labels)?;
+    }
+    for tag in &call.add_tags {
+        shared.store.tag(tag, id)?;
+    }
+    for tag in &call.remove_tags {
+        shared.store.untag(tag)?;
+    }
+    if let Some(pinned) = call.pinned {
+        shared.store.pin(id, pinned)?;
+    }
+    Ok((Answer::Done(v1::Done {}), Vec::new()))
+}
+
+fn problems(shared: &Shared) -> Vec<String> {
+    let problems = shared.store.problems().into_iter();
+    problems
+        .map(|problem| format!("{}: {}", problem.path, problem.what))
+        .collect()
+}
+
+fn usage(shared: &Shared) -> Answered {
+    let usage = shared.store.usage()?;
+    let answer = v1::Usage {
+        packs: usage.packs,
+        pack_bytes: usage.pack_bytes,
+        live_bytes: usage.live_bytes,
+        manifest_bytes: usage.manifest_bytes,
+        trash_bytes: usage.trash_bytes,
+        budget: usage.budget,
+        snapshots: usage
+            .snapshots
+            .into_iter()
+            .map(|of| v1::Snapshot {
+                stored_bytes: of.stored_bytes,
+                unique_bytes: of.unique_bytes,
+                ..snapshot(of.snapshot)
+            })
+            .collect(),
+        template_bytes: shared.templates.bytes(),
+        template_budget: shared.templates.budget,
+        problems: problems(shared),
+    };
+    Ok((Answer::Usage(answer), Vec::new()))
+}
+
+fn progress(done: u64, total: u64) -> Answer {
+    Answer::Progress(v1::Progress { done, total })
+}
+
+fn verify(shared: &Shared, meanwhile: &mut dyn FnMut(Answer) -> bool) -> Answered {
+    let found = shared.store.verify(|done, total| {
+        let _ = meanwhile(progress(done as u64, total as u64));
+    })?;
+    let broken = found.broken.into_iter();
+    let problems = found.problems.into_iter();
+    let answer = v1::Verified {
+        chunks: found.chunks,
+        bytes: found.bytes,
+        damaged: found.damaged.len() as u64,
+        broken: broken.map(|(id, why)| (id.to_string(), why)).collect(),
+        problems: problems
+            .map(|problem| format!("{}: {}", problem.path, problem.what))
+            .collect(),
+    };
+    Ok((Answer::Verified(answer), Vec::new()))
+}
+
+fn collect(shared: &Shared, call: &v1::Collect) -> Answered {
+    let live = ids(&call.live);
+    let mut answer = v1::Collected {
+        suffices: true,
+        ..v1::Collected::default()
+    };
+    if call.evict {
+        let evicted = shared.store.evict(&live, call.dry_run)?;
+        answer.suffices = evicted.suffices();
+        answer.bytes_then = evicted.bytes_then;
+        answer.evicted = evicted.removed.iter().map(ToString::to_string).collect();
+        let kept = evicted.kept.into_iter();
+        answer.kept = kept.map(|(id, why)| (id.to_string(), why)).collect();
+        if !call.dry_run {
+            for id in evicted.removed {
+                shared.templates.remove(id);
+            }
+        }
+    }
+    if !call.dry_run {
+        let collected = shared.store.gc(call.grace_ms)?;
+        answer.packs = collected.packs;
+        answer.bytes = collected.bytes;
+        answer.copied_bytes = collected.copied_bytes;
+        answer.deleted_bytes = collected.deleted_bytes;
+        shared.templates.shrink(shared.templates.budget);
+    }
+    Ok((Answer::Collected(answer), Vec::new()))
+}
+
+fn file(descriptors: Vec<OwnedFd>) -> Result<File, v1::Error> {
+    let mut descriptors = descriptors.into_iter();
+    match (descriptors.next(), descriptors.next()) {
+        (Some(one), None) => Ok(one.into()),
+        _ => Err(refusal(
+            Code::Invalid,
+            "one descriptor belongs to this call",
+        )),
+    }
+}
+
+fn export(
+    shared: &Shared,
+    call: &v1::Export,
+    descriptors: Vec<OwnedFd>,
+    meanwhile: &mut dyn FnMut(Answer) -> bool,
+) -> Answered {
+    let mut out = io::BufWriter::with_capacity(1 << 20, file(descriptors)?);
+    let id = find(shared, &call.snapshot)?;
+    shared
+        .store
+        .export(id, call.first, &mut out, |done, total| {
+            if done % 64 == 0 {
+                let _ = meanwhile(progress(done, total));
+            }
+        })?;
+    Ok((Answer::Done(v1::Done {}), Vec::new()))
+}
+
+fn import(
+    shared: &Shared,
+    call: &v1::Import,
+    descriptors: Vec<OwnedFd>,
+    meanwhile: &mut dyn FnMut(Answer) -> bool,
+) -> Answered {
+    if !call.received_of.is_empty() {
+        let id = call
+            .received_of
+            .parse()
+            .map_err(|_| refusal(Code::Invalid, "a whole snapshot id is needed"))?;
+        let answer = v1::Imported {
+            id: call.received_of.clone(),
+            known: shared.store.find(&call.received_of).is_ok(),
+            received: shared.store.received(id),
+        };
+        return Ok((Answer::Imported(answer), Vec::new()));
+    }
+    let mut stream = io::BufReader::with_capacity(1 << 20, file(descriptors)?);
+    let imported = shared.store.import(&mut stream, |done, total| {
+        if done % 64 == 0 {
+            let _ = meanwhile(progress(done, total));
+        }
+    })?;
+    let (id, known, received) = match imported {
+        Imported::New(id, stored) => (id, false, stored.new_chunks + stored.known_chunks),
+        Imported::Known(id) => (id, true, 0),
+    };
+    let answer = v1::Imported {
+        id: id.to_string(),
+        known,
+        received,
+    };
+    Ok((Answer::Imported(answer), Vec::new()))
+}

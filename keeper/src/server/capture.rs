@@ -1,0 +1,216 @@
+//! From the files of a capture to a snapshot in the store, behind the resumed guest.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
+use std::time::{Duration, Instant};
+
+use belljar_store::{self as store, FileSource, Kind, Options, Requirements, SnapshotId, Writer};
+
+use super::names::{io_error, refusal};
+use super::templates::Part;
+use super::{Busy, Shared, locked, log};
+use crate::images;
+use crate::v1::{self, error::Code};
+
+/// The machine that everything here runs on.
+pub(super) const ARCHITECTURE: &str = "x86_64";
+/// Room that is left when everything else fits.
+const RESERVE: u64 = 16 << 20;
+/// How long somebody waits for a snapshot that is still being made durable.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// Snapshots under way.
+#[derive(Default)]
+pub(crate) struct Captures {
+    pending: Mutex<HashMap<SnapshotId, Vec<String>>>,
+    ended: Condvar,
+}
+
+impl Captures {
+    /// Waits for those that a word may mean.
+    pub(super) fn wait_for(&self, word: &str) {
+        let meant = |pending: &mut HashMap<SnapshotId, Vec<String>>| {
+            pending.iter().any(|(id, tags)| {
+                tags.iter().any(|tag| tag == word)
+                    || (word.len() >= 4 && id.to_string().starts_with(word))
+            })
+        };
+        let pending = locked(&self.pending);
+        drop(
+            self.ended
+                .wait_timeout_while(pending, PATIENCE, meant)
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+    }
+
+    /// Those under way, as a list shows them.
+    pub(super) fn list(&self) -> Vec<v1::Snapshot> {
+        let pending = locked(&self.pending);
+        let list = pending.iter().map(|(id, tags)| v1::Snapshot {
+            id: id.to_string(),
+            tags: tags.clone(),
+            pending: true,
+            ..v1::Snapshot::default()
+        });
+        list.collect()
+    }
+
+    fn begin(&self, id: SnapshotId, tags: Vec<String>) {
+        locked(&self.pending).insert(id, tags);
+    }
+
+    fn end(&self, id: SnapshotId) {
+        locked(&self.pending).remove(&id);
+        self.ended.notify_all();
+    }
+}
+
+/// The files of a capture.
+pub(super) struct Files {
+    pub(super) state: File,
+    pub(super) memory: Option<File>,
+    pub(super) disk: Option<File>,
+}
+
+/// Makes the files, if there is room for what will be in them.
+pub(super) fn files(shared: &Shared, begin: &v1::Begin) -> Result<Files, v1::Error> {
+    let free = shared.templates.free_bytes();
+    let wanted = begin.expected_bytes.saturating_add(RESERVE);
+    if free < wanted {
+        return Err(refusal(
+            Code::NoSpace,
+            format!(
+                "there are {} MiB of space where snapshots are kept, and this one may take {} MiB",
+                free >> 20,
+                wanted >> 20
+            ),
+        ));
+    }
+    let nameless = || {
+        shared
+            .templates
+            .nameless()
+            .map_err(io_error("make a file for the capture"))
+    };
+    Ok(Files {
+        state: nameless()?,
+        memory: (begin.memory_bytes > 0).then(nameless).transpose()?,
+        disk: (begin.disk_bytes > 0).then(nameless).transpose()?,
+    })
+}
+
+/// How a capture ends.
+pub(super) type Outcome = Result<v1::Kept, v1::Error>;
+
+/// Begins to store a capture. Returns the id that it will have, and where its end is told.
+pub(super) fn keep(
+    busy: Busy,
+    files: Files,
+    keep: v1::Keep,
+) -> Result<(SnapshotId, mpsc::Receiver<Outcome>), v1::Error> {
+    let shared = Arc::clone(busy.shared());
+    let tags = keep.tags.clone();
+    let began = Instant::now();
+    let writer = shared.store.begin(options(&shared, &keep)?)?;
+    let id = writer.id();
+    shared.captures.begin(id, tags);
+    let (sender, receiver) = mpsc::channel();
+    let carry_out = move || {
+        let shared = busy.shared();
+        let outcome = store_all(writer, &files, &keep).map(|stored| v1::Kept {
+            id: id.to_string(),
+            data_bytes: stored.data_bytes,
+            new_bytes: stored.new_bytes,
+            stored_bytes: stored.stored_bytes,
+            took_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+        });
+        match &outcome {
+            Ok(_) => offer_templates(shared, id, files),
+            Err(error) => log::line(&format!("snapshot {id} is lost: {}", error.message)),
+        }
+        let kept = outcome.is_ok();
+        shared.captures.end(id);
+        // Whoever asked may have gone.
+        let _ = sender.send(outcome);
+        if kept {
+            shared.templates.settle(id);
+        }
+    };
+    let made = std::thread::Builder::new()
+        .name("capture".to_owned())
+        .spawn(carry_out);
+    if let Err(error) = made {
+        shared.captures.end(id);
+        return Err(io_error("start a thread")(error));
+    }
+    Ok((id, receiver))
+}
+
+/// What was captured is just what a restore needs.
+fn offer_templates(shared: &Shared, id: SnapshotId, files: Files) {
+    if let Some(memory) = files.memory {
+        shared.templates.add(id, Part::Memory, memory);
+    }
+    if let Some(disk) = files.disk {
+        shared.templates.add(id, Part::Disk, disk);
+    }
+}
+
+fn options(shared: &Shared, keep: &v1::Keep) -> Result<Options, v1::Error> {
+    let mut base_images = std::collections::BTreeMap::new();
+    for (drive, path) in &keep.base_images {
+        let digest = shared
+            .digests
+            .of(Path::new(path))
+            .map_err(|error| refusal(Code::BaseImage, format!("cannot read {path}: {error}")))?;
+        base_images.insert(drive.clone(), digest);
+    }
+    let parents = keep.parents.iter().filter_map(|id| id.parse().ok());
+    Ok(Options {
+        parents: parents.collect(),
+        labels: keep.labels.clone(),
+        tags: keep.tags.clone(),
+        pinned: keep.pinned,
+        requirements: Requirements {
+            architecture: ARCHITECTURE.to_owned(),
+            cpu_baseline: keep.cpu_baseline.clone(),
+            memory_bytes: keep.memory_bytes,
+            vcpus: keep.vcpus,
+            base_images,
+            other: keep.requirements.clone(),
+        },
+        workers: 0,
+    })
+}
+
+fn store_all(
+    mut writer: Writer,
+    files: &Files,
+    keep: &v1::Keep,
+) -> Result<store::Stored, v1::Error> {
+    let source = |file: &File| {
+        let again = file.try_clone().map_err(io_error("read the capture"))?;
+        FileSource::new(again).map_err(io_error("read the capture"))
+    };
+    let missing = |what: &str| refusal(Code::Invalid, format!("the capture has no {what}"));
+    writer.image(images::SANDBOX, Kind::State, &keep.sandbox[..])?;
+    if keep.has_memory {
+        let memory = files.memory.as_ref().ok_or_else(|| missing("memory"))?;
+        writer.image(images::STATE, Kind::State, &source(&files.state)?)?;
+        writer.image(images::MEMORY, Kind::Memory, &source(memory)?)?;
+    }
+    if keep.has_disk {
+        let disk = files.disk.as_ref().ok_or_else(|| missing("disk"))?;
+        writer.image(images::DISK, Kind::Disk, &source(disk)?)?;
+    }
+    let (id, stored) = writer.commit()?;
+    log::line(&format!(
+        "snapshot {id}: {} KiB, of these {} KiB new in {} KiB",
+        stored.data_bytes >> 10,
+        stored.new_bytes >> 10,
+        stored.stored_bytes >> 10
+    ));
+    Ok(stored)
+}

@@ -1,0 +1,112 @@
+//! Contents of base images: BLAKE3 of the whole file, remembered as long as the file is the same.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use super::locked;
+
+/// Which file, in which state: device, inode, bytes, change time in nanoseconds.
+type Key = [u64; 4];
+/// More are not remembered.
+const MOST: usize = 1024;
+
+/// What is known of files.
+pub(crate) struct Digests {
+    path: PathBuf,
+    known: Mutex<HashMap<Key, String>>,
+}
+
+impl Digests {
+    /// What a keeper before this one has learnt; a file that is not good is as none.
+    pub(super) fn load(path: &Path) -> Self {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        Self {
+            path: path.to_path_buf(),
+            known: Mutex::new(text.lines().take(MOST).filter_map(parse).collect()),
+        }
+    }
+
+    /// BLAKE3 of a file, as lower-case hexadecimal.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub(super) fn of(&self, path: &Path) -> io::Result<String> {
+        let file = File::open(path)?;
+        let key = key(&file)?;
+        if let Some(known) = locked(&self.known).get(&key) {
+            return Ok(known.clone());
+        }
+        let mut hasher = blake3::Hasher::new();
+        io::copy(&mut &file, &mut hasher)?;
+        let digest = hasher.finalize().to_hex().to_string();
+        // Changed while it was read: right for now, and not remembered.
+        if self::key(&file)? == key {
+            let mut known = locked(&self.known);
+            if known.len() >= MOST {
+                known.clear();
+            }
+            known.insert(key, digest.clone());
+            self.save(&known);
+        }
+        Ok(digest)
+    }
+
+    /// Only a cache: what cannot be saved is found out anew.
+    fn save(&self, known: &HashMap<Key, String>) {
+        let lines: String = known
+            .iter()
+            .map(|([device, inode, bytes, changed], digest)| {
+                format!("{device} {inode} {bytes} {changed} {digest}\n")
+            })
+            .collect();
+        let temporary = self.path.with_extension("new");
+        let _ = std::fs::write(&temporary, lines)
+            .and_then(|()| std::fs::rename(&temporary, &self.path));
+    }
+}
+
+fn key(file: &File) -> io::Result<Key> {
+    let metadata = file.metadata()?;
+    let changed = i128::from(metadata.ctime()) * 1_000_000_000 + i128::from(metadata.ctime_nsec());
+    Ok([
+        metadata.dev(),
+        metadata.ino(),
+        metadata.len(),
+        u64::try_from(changed).unwrap_or(0),
+    ])
+}
+
+fn parse(line: &str) -> Option<(Key, String)> {
+    let mut words = line.split(' ');
+    let mut number = || words.next()?.parse::<u64>().ok();
+    let key = [number()?, number()?, number()?, number()?];
+    let digest = words.next()?;
+    let good = digest.len() == 64 && digest.bytes().all(|byte| byte.is_ascii_hexdigit());
+    (good && words.next().is_none()).then(|| (key, digest.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_known_until_it_changes() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, cache) = (dir.path().join("image"), dir.path().join("digests"));
+        std::fs::write(&file, b"one").unwrap();
+        let digests = Digests::load(&cache);
+        let one = digests.of(&file).unwrap();
+        assert_eq!(one, blake3::hash(b"one").to_hex().to_string());
+        assert_eq!(Digests::load(&cache).known.lock().unwrap().len(), 1);
+        std::fs::write(&file, b"three").unwrap();
+        assert_ne!(digests.of(&file).unwrap(), one);
+        assert!(digests.of(&dir.path().join("none")).is_err());
+        for bad in ["", "1 2 3 4", "1 2 3 x 00", "1 2 3 4 zz", &"9 ".repeat(9)] {
+            assert_eq!(parse(bad), None, "{bad}");
+        }
+    }
+}

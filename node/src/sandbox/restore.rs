@@ -1,0 +1,233 @@
+//! A sandbox from a saved machine: a VMM that loads it, and an agent that takes over.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::{Duration, Instant};
+
+use belljar_protocol::client::system::Adoption;
+use belljar_protocol::{AGENT_PORT, GENERATION, v1};
+use serde_json::json;
+
+use super::create::create_with;
+use super::{BootError, BootRecord, Limits, Programs, Sandbox, plan};
+use crate::snapshots::{NewClone, Origin, Source};
+use crate::stages::Stages;
+use crate::state::spec::SandboxSpec;
+use crate::state::{self, SandboxDir, StateError, StateRoot};
+use crate::{disk, supervisor, vmm};
+
+/// Programs go on within this time after the agent has taken over.
+const THAW_LIMIT: Duration = Duration::from_secs(30);
+/// Bytes of randomness for each clone.
+const SEED: usize = 64;
+
+impl Sandbox {
+    /// Makes a sandbox from a saved machine, and returns when its agent has taken over and its programs run.
+    ///
+    /// # Errors
+    /// Where it ended early. Nothing is left behind then.
+    pub fn restore(
+        root: &StateRoot,
+        programs: &Programs,
+        source: &Source,
+        clone: &NewClone,
+        limits: Limits<'_>,
+        stages: &mut Stages,
+    ) -> Result<Self, BootError> {
+        if !programs.vmm.exists() {
+            return Err(BootError::NoVmm(programs.vmm.clone()));
+        }
+        let deadline = Instant::now() + limits.boot;
+        let spec = source.spec(clone);
+        let (dir, lock) = create_with(root, &spec, |dir| source.fill(dir))?;
+        stages.mark("prepared");
+        let life = spec.life;
+        let mut sandbox = match Self::spawn(programs, dir.clone(), lock, life) {
+            Ok(sandbox) => sandbox,
+            Err(error) => {
+                let _ = dir.remove();
+                return Err(error);
+            }
+        };
+        let loaded = sandbox
+            .load(&spec, source, limits, deadline, stages)
+            .and_then(|()| sandbox.take_over(&spec, limits, deadline, stages));
+        if let Err(error) = loaded {
+            let _ = sandbox.tear_down();
+            // A persistent one that never came up is not kept either.
+            let _ = dir.remove();
+            return Err(error);
+        }
+        BootRecord::new(&sandbox.ready, stages).write(&sandbox.dir)?;
+        Ok(sandbox)
+    }
+
+    /// Has the VMM load the machine, and run it.
+    fn load(
+        &mut self,
+        spec: &SandboxSpec,
+        source: &Source,
+        limits: Limits<'_>,
+        deadline: Instant,
+        stages: &mut Stages,
+    ) -> Result<(), BootError> {
+        let (state, memory) = source.machine()?;
+        let mut api = self.connect_api(limits, deadline)?;
+        stages.mark("VMM process");
+        let console = json!({"socket_path": state::CONSOLE_SOCKET}).to_string();
+        let load = json!({
+            "snapshot_path": "fd:state",
+            "mem_backend": {"backend_type": "File", "backend_path": "fd:memory"},
+            "resume_vm": true,
+            "vsock_override": {"uds_path": state::VSOCK_SOCKET},
+            "drive_overrides": overrides(spec)?,
+        })
+        .to_string();
+        let descriptors = [("state", state.as_fd()), ("memory", memory.as_fd())];
+        let loaded = vmm::request(&mut api, "PUT", "/console", console.as_bytes(), deadline)
+            .and_then(|_| {
+                let call = ("PUT", "/snapshot/load");
+                vmm::request_with(&mut api, call, load.as_bytes(), &descriptors, deadline)
+            });
+        match loaded {
+            Ok(_) => {}
+            Err(error @ vmm::ApiError::Refused { .. }) => return Err(error.into()),
+            Err(error) => {
+                return Err(self
+                    .explain_end("before it had loaded the snapshot")
+                    .unwrap_or_else(|| error.into()));
+            }
+        }
+        stages.mark("loaded");
+        if let Some(control) = &mut self.control {
+            supervisor::attach_console(control).map_err(|source| BootError::Supervisor {
+                doing: "following the console",
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Tells the guest who it is; returns when its programs go on.
+    fn take_over(
+        &mut self,
+        spec: &SandboxSpec,
+        limits: Limits<'_>,
+        deadline: Instant,
+        stages: &mut Stages,
+    ) -> Result<(), BootError> {
+        // A cancelled restore is noticed here at the latest.
+        self.watch(None, limits.cancel, Instant::now())?;
+        let called = adoption(&self.dir, spec).and_then(|call| {
+            let stream = self
+                .connect(AGENT_PORT, deadline)
+                .map_err(|error| BootError::NotAdopted(error.to_string()))?;
+            Adoption::start(stream, call, Some(deadline))
+                .map_err(|error| BootError::NotAdopted(error.to_string()))
+        });
+        let adoption = match called {
+            Ok(adoption) => adoption,
+            Err(error) => {
+                return Err(self
+                    .explain_end("right after it was restored")
+                    .unwrap_or(error));
+            }
+        };
+        stages.mark("agent ready");
+        let adopted = adoption
+            .thawed(Some(Instant::now() + THAW_LIMIT))
+            .map_err(|error| BootError::NotAdopted(error.to_string()))?;
+        stages.mark("thawed");
+        self.ready.generation = GENERATION;
+        match adopted.failed.as_slice() {
+            [] => Ok(()),
+            failed => Err(BootError::NotAdopted(failed.join("; "))),
+        }
+    }
+}
+
+/// Drives are found by name: what a path meant where the snapshot was taken it need not mean here.
+fn overrides(spec: &SandboxSpec) -> Result<Vec<serde_json::Value>, BootError> {
+    let drives = plan::drives(spec)?;
+    Ok(drives
+        .into_iter()
+        .map(|drive| json!({"drive_id": drive.drive_id, "path_on_host": drive.path_on_host}))
+        .collect())
+}
+
+/// Who the guest is now.
+fn adoption(dir: &SandboxDir, spec: &SandboxSpec) -> Result<v1::Adopt, BootError> {
+    let origin: Option<Origin> = dir.read_record(state::ORIGIN)?;
+    let origin =
+        origin.ok_or_else(|| BootError::Invalid("it is not said where it comes from".into()))?;
+    let host_name = spec.name.as_deref().map(plan::host_name);
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    Ok(v1::Adopt {
+        sandbox: dir.id().to_owned(),
+        lineage: origin.lineage,
+        generation: origin.generation,
+        host_name: host_name.unwrap_or_default(),
+        machine_id: origin.machine_id,
+        unix_ns: now.map_or(0, |now| u64::try_from(now.as_nanos()).unwrap_or(0)),
+        seed: random(SEED)?,
+    })
+}
+
+/// Bytes of the host's generator.
+fn random(count: usize) -> Result<Vec<u8>, BootError> {
+    let mut bytes = vec![0; count];
+    let mut rest = &mut bytes[..];
+    while !rest.is_empty() {
+        let flags = rustix::rand::GetRandomFlags::empty();
+        let got = rustix::rand::getrandom(&mut *rest, flags)
+            .map_err(|errno| BootError::Invalid(format!("no random bytes: {errno}")))?;
+        rest = rest.get_mut(got..).unwrap_or_default();
+    }
+    Ok(bytes)
+}
+
+impl Source {
+    /// Puts into a new sandbox's directory what a clone needs.
+    pub(crate) fn fill(&self, dir: &SandboxDir) -> Result<(), BootError> {
+        let failed = |what| {
+            let path = dir.file(state::DISK);
+            move |source| BootError::State(StateError::Io { what, path, source })
+        };
+        if let Some(shared) = &self.disk {
+            let own = File::options()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .open(dir.file(state::DISK))
+                .map_err(failed("make"))?;
+            let shared = opened_anew(shared).map_err(failed("copy the snapshot's disk to"))?;
+            disk::copy_into(shared, own).map_err(failed("copy the snapshot's disk to"))?;
+        }
+        let machine_id = random(16)?;
+        let machine_id = machine_id
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        let origin = Origin::next(&self.saved, self.snapshot.clone(), machine_id);
+        dir.write_record(state::ORIGIN, &origin)?;
+        Ok(())
+    }
+
+    /// State and memory, with positions of their own: clones share the files.
+    fn machine(&self) -> Result<(File, File), BootError> {
+        let (state, memory) = self
+            .machine
+            .as_ref()
+            .ok_or_else(|| BootError::Invalid("the snapshot holds a disk only".into()))?;
+        let failed = |error| BootError::Invalid(format!("cannot share the snapshot: {error}"));
+        Ok((
+            opened_anew(state).map_err(failed)?,
+            opened_anew(memory).map_err(failed)?,
+        ))
+    }
+}
+
+/// The same file for reading, with a position of its own.
+fn opened_anew(file: &File) -> std::io::Result<File> {
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}

@@ -1,0 +1,347 @@
+//! Holding a sandbox still, and letting it write itself down.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
+
+use belljar_keeper::client::{Client, Keeper, KeeperError};
+use belljar_keeper::v1::{self as keeper, reply::Result as Answer, request::Call};
+use belljar_protocol::client::system;
+use rustix::fs::FlockOperation;
+
+use super::error::io_failed;
+use super::{Saved, SnapshotError};
+use crate::disk::copy_into;
+use crate::lifecycle;
+use crate::registry::{Found, State};
+use crate::state::spec::SandboxSpec;
+use crate::state::{self};
+use crate::{accounting, vmm};
+
+/// The guest's programs stop within this time, or there is no snapshot.
+const FREEZE_LIMIT: Duration = Duration::from_secs(15);
+/// Writing out file systems may take longer.
+const WRITE_OUT_LIMIT: Duration = Duration::from_secs(60);
+/// Writing RAM takes as long as the disk takes.
+const CREATE_LIMIT: Duration = Duration::from_secs(300);
+/// Of the VMM's state, about.
+const STATE_BYTES: u64 = 1 << 20;
+/// A capture by somebody else is over within this time.
+const TURN_LIMIT: Duration = Duration::from_secs(60);
+
+/// What is to be captured, and what it is called.
+#[derive(Debug, Clone, Default)]
+pub struct Capture {
+    pub tags: Vec<String>,
+    pub labels: BTreeMap<String, String>,
+    pub pinned: bool,
+    /// Without RAM: restoring it boots a guest with this disk.
+    pub disk_only: bool,
+    /// Return only when it is durable.
+    pub wait: bool,
+}
+
+/// A snapshot that was taken.
+#[derive(Debug, Clone)]
+pub struct Captured {
+    pub id: String,
+    /// How long the guest's programs stood still.
+    pub frozen: Duration,
+    /// How long its processors did, which is a part of that.
+    pub paused: Duration,
+    /// What storing it took; `None` if that was not waited for.
+    pub kept: Option<keeper::Kept>,
+}
+
+/// What a sandbox has written down of itself.
+pub(super) struct Image {
+    pub(super) saved: Saved,
+    pub(super) state: File,
+    /// `None`: only the disk.
+    pub(super) memory: Option<File>,
+    pub(super) disk: Option<File>,
+    pub(super) frozen: Duration,
+    pub(super) paused: Duration,
+}
+
+/// Takes a snapshot of a sandbox that is up.
+///
+/// # Errors
+/// Where it ended early. The sandbox goes on as before.
+pub fn capture(
+    found: &Found,
+    keeper: &Keeper,
+    options: &Capture,
+    progress: impl FnMut(u64, u64),
+) -> Result<Captured, SnapshotError> {
+    let mut client = keeper.connect()?;
+    let image = take(found, &mut client, options.disk_only)?;
+    let spec = &image.saved.spec;
+    let call = keeper::Keep {
+        has_memory: image.memory.is_some(),
+        has_disk: image.disk.is_some(),
+        sandbox: serde_json::to_vec(&image.saved).unwrap_or_default(),
+        tags: options.tags.clone(),
+        labels: options.labels.clone(),
+        pinned: options.pinned,
+        parents: image.saved.parent.iter().cloned().collect(),
+        vcpus: spec.vcpus,
+        memory_bytes: spec.memory,
+        cpu_baseline: "portable".to_owned(),
+        requirements: BTreeMap::from([("cpu-vendor".to_owned(), image.saved.cpu_vendor.clone())]),
+        base_images: base_images(spec),
+    };
+    keep(&mut client, call, options.wait, progress).map(|(id, kept)| Captured {
+        id,
+        frozen: image.frozen,
+        paused: image.paused,
+        kept,
+    })
+}
+
+fn keep(
+    client: &mut Client,
+    call: keeper::Keep,
+    wait: bool,
+    mut progress: impl FnMut(u64, u64),
+) -> Result<(String, Option<keeper::Kept>), SnapshotError> {
+    let mut tell = |answer| {
+        if let Answer::Progress(so_far) = answer {
+            progress(so_far.done, so_far.total);
+        }
+    };
+    let (answer, _) = client.call(Call::Keep(call), &[], &mut tell)?;
+    let Answer::Accepted(accepted) = answer else {
+        return Err(KeeperError::Unexpected.into());
+    };
+    if !wait {
+        return Ok((accepted.id, None));
+    }
+    match client.answer(&mut tell)? {
+        (Answer::Kept(kept), _) => Ok((kept.id.clone(), Some(kept))),
+        _ => Err(KeeperError::Unexpected.into()),
+    }
+}
+
+/// Files that are not in the snapshot and must be the same at a restore, by drive.
+fn base_images(spec: &SandboxSpec) -> BTreeMap<String, String> {
+    let path = |path: &std::path::Path| path.to_string_lossy().into_owned();
+    let image = spec.image.iter().map(|of| ("image".to_owned(), path(of)));
+    let drives = spec.drives.iter().enumerate().map(|(index, drive)| {
+        let id = drive.id.clone();
+        (
+            id.unwrap_or_else(|| format!("drive{index}")),
+            path(&drive.path),
+        )
+    });
+    image.chain(drives).collect()
+}
+
+/// Writes a sandbox down into files of the keeper, which vanish unless somebody keeps them.
+pub(super) fn take(
+    found: &Found,
+    client: &mut Client,
+    disk_only: bool,
+) -> Result<Image, SnapshotError> {
+    let spec = found.spec()?;
+    let look = found.state();
+    let (Some(spec), true) = (spec, look.is_up()) else {
+        return Err(SnapshotError::WrongState {
+            id: found.called(),
+            state: look,
+        });
+    };
+    if let Some(drive) = spec.drives.iter().find(|drive| !drive.read_only) {
+        return Err(SnapshotError::WritableDrive {
+            id: found.called(),
+            drive: drive.path.display().to_string(),
+        });
+    }
+    let _turn = turn(found)?;
+    let was_paused = matches!(look, State::Paused(_));
+    let begin = keeper::Begin {
+        memory_bytes: if disk_only { 0 } else { spec.memory },
+        disk_bytes: spec.disk.unwrap_or(0),
+        expected_bytes: expected_bytes(found, &look, &spec, disk_only),
+        sandbox_dir: found.dir().path().to_string_lossy().into_owned(),
+        was_paused,
+    };
+    let (answer, files) = client.call(Call::Begin(begin), &[], |_| {})?;
+    let mut files = files.into_iter().map(File::from);
+    let (Answer::Begun(_), Some(state)) = (answer, files.next()) else {
+        return Err(KeeperError::Unexpected.into());
+    };
+    let mut next = |wanted: bool| match wanted.then(|| files.next()) {
+        Some(None) => Err(KeeperError::Unexpected),
+        file => Ok(file.flatten()),
+    };
+    let memory = next(!disk_only)?;
+    let disk = next(spec.disk.is_some())?;
+    let saved = Saved::of(found, spec)?;
+    let mut hold = Hold::new(found, was_paused);
+    hold.freeze(disk_only)?;
+    if let Some(memory) = &memory {
+        hold.pause()?;
+        create(found, &state, memory)?;
+    }
+    if let Some(disk) = &disk {
+        let failed = || io_failed("copy the sandbox's disk");
+        let own = File::open(found.dir().file(state::DISK)).map_err(failed())?;
+        copy_into(own, disk.try_clone().map_err(failed())?).map_err(failed())?;
+    }
+    let (frozen, paused) = hold.let_go()?;
+    client.call(Call::Settle(keeper::Settle {}), &[], |_| {})?;
+    Ok(Image {
+        saved,
+        state,
+        memory,
+        disk,
+        frozen,
+        paused,
+    })
+}
+
+/// What the capture will hold at most: memory that the VMM has touched, and blocks of the disk.
+fn expected_bytes(found: &Found, look: &State, spec: &SandboxSpec, disk_only: bool) -> u64 {
+    let resident = look.vmm().and_then(accounting::resident);
+    let memory = match resident {
+        _ if disk_only => 0,
+        // A clone's pages are in its template, too.
+        Some(bytes) if !found.dir().file(state::ORIGIN).exists() => bytes.min(spec.memory),
+        _ => spec.memory,
+    };
+    let disk = std::fs::metadata(found.dir().file(state::DISK));
+    let disk = disk.map_or(0, |disk| disk.blocks().saturating_mul(512));
+    memory.saturating_add(disk).saturating_add(STATE_BYTES)
+}
+
+/// One capture of a sandbox at a time.
+fn turn(found: &Found) -> Result<File, SnapshotError> {
+    let path = found.dir().file(state::CAPTURE);
+    let failed = || io_failed("lock the sandbox for a capture");
+    let lock = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .map_err(failed())?;
+    let deadline = Instant::now() + TURN_LIMIT;
+    loop {
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(lock),
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(SnapshotError::Busy(found.called())),
+            Err(errno) => return Err(failed()(errno.into())),
+        }
+    }
+}
+
+/// Has the VMM write state and RAM into two files.
+fn create(found: &Found, state: &File, memory: &File) -> Result<(), SnapshotError> {
+    let body = br#"{"snapshot_path":"fd:state","mem_file_path":"fd:memory"}"#;
+    let descriptors = [("state", state.as_fd()), ("memory", memory.as_fd())];
+    let call = ("PUT", "/snapshot/create");
+    let deadline = Instant::now() + CREATE_LIMIT;
+    let done = found
+        .api()
+        .map_err(vmm::ApiError::from)
+        .and_then(|mut api| vmm::request_with(&mut api, call, body, &descriptors, deadline));
+    done.map(|_| ()).map_err(|source| SnapshotError::Api {
+        id: found.called(),
+        source,
+    })
+}
+
+/// A sandbox that stands still; dropped, it goes on.
+struct Hold<'a> {
+    found: &'a Found,
+    was_paused: bool,
+    frozen: Option<Instant>,
+    paused: Option<Instant>,
+}
+
+impl<'a> Hold<'a> {
+    fn new(found: &'a Found, was_paused: bool) -> Self {
+        Self {
+            found,
+            was_paused,
+            frozen: None,
+            paused: None,
+        }
+    }
+
+    /// Stops the guest's programs. A paused guest has to run for a moment to do so.
+    fn freeze(&mut self, file_systems: bool) -> Result<(), SnapshotError> {
+        if self.was_paused {
+            lifecycle::resume(self.found)?;
+        }
+        self.frozen = Some(Instant::now());
+        let limit = if file_systems {
+            WRITE_OUT_LIMIT
+        } else {
+            FREEZE_LIMIT
+        };
+        let deadline = Instant::now() + limit + Duration::from_secs(5);
+        let agent = self.found.agent(deadline)?;
+        system::freeze(agent, limit, file_systems, Some(deadline)).map_err(|source| {
+            SnapshotError::Quiesce {
+                id: self.found.called(),
+                source,
+            }
+        })
+    }
+
+    fn pause(&mut self) -> Result<(), SnapshotError> {
+        self.paused = Some(Instant::now());
+        Ok(lifecycle::pause(self.found)?)
+    }
+
+    /// Lets it go on; returns how long programs and processors stood still.
+    fn let_go(mut self) -> Result<(Duration, Duration), SnapshotError> {
+        let took = |since: Option<Instant>| since.map_or(Duration::ZERO, |since| since.elapsed());
+        let mut paused = Duration::ZERO;
+        if self.paused.is_some() {
+            lifecycle::resume(self.found)?;
+            paused = took(self.paused.take());
+        }
+        let frozen = self.frozen;
+        self.thaw()?;
+        let frozen = took(frozen);
+        if self.was_paused {
+            lifecycle::pause(self.found)?;
+        }
+        Ok((frozen, paused))
+    }
+
+    fn thaw(&mut self) -> Result<(), SnapshotError> {
+        if self.frozen.is_none() {
+            return Ok(());
+        }
+        let deadline = Instant::now() + FREEZE_LIMIT;
+        let agent = self.found.agent(deadline)?;
+        system::thaw(agent, Some(deadline)).map_err(|source| SnapshotError::Quiesce {
+            id: self.found.called(),
+            source,
+        })?;
+        self.frozen = None;
+        Ok(())
+    }
+}
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        if self.paused.take().is_some() {
+            let _ = lifecycle::resume(self.found);
+        }
+        if self.frozen.is_some() {
+            let _ = self.thaw();
+            if self.was_paused {
+                let _ = lifecycle::pause(self.found);
+            }
+        }
+    }
+}

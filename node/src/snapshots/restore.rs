@@ -1,0 +1,231 @@
+//! From what was saved to a sandbox of its own.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::PathBuf;
+
+use belljar_keeper::client::{Keeper, KeeperError};
+use belljar_keeper::v1::{self as keeper, reply::Result as Answer, request::Call};
+
+use super::{Saved, SnapshotError};
+use crate::assets::Assets;
+use crate::cpu;
+use crate::sandbox::{Limits, Programs, Sandbox, create_with};
+use crate::stages::Stages;
+use crate::state::StateRoot;
+use crate::state::spec::{Life, SandboxSpec, now_ms};
+
+/// What every VMM needs beside the guest's memory, about.
+const VMM_BYTES: u64 = 32 << 20;
+
+/// What a clone is called.
+#[derive(Debug, Clone)]
+pub struct NewClone {
+    pub name: Option<String>,
+    pub labels: BTreeMap<String, String>,
+    pub life: Life,
+}
+
+/// What clones are made from.
+#[derive(Debug)]
+pub struct Source {
+    pub saved: Saved,
+    /// `None` for a fork.
+    pub snapshot: Option<String>,
+    /// State and memory; `None`: a guest is booted with the disk.
+    pub machine: Option<(File, File)>,
+    pub disk: Option<File>,
+    /// Where the base images are, by drive.
+    pub base_images: BTreeMap<String, String>,
+    /// Everything was there already, and nothing had to be read from chunks.
+    pub hot: bool,
+}
+
+impl Source {
+    /// Has the keeper prepare a snapshot; `image` names the root file system's file if it is not where it was.
+    ///
+    /// # Errors
+    /// There is no such snapshot, or it cannot be restored on this machine.
+    pub fn open(
+        keeper: &Keeper,
+        snapshot: &str,
+        assets: &Assets,
+        image: Option<PathBuf>,
+    ) -> Result<Self, SnapshotError> {
+        let mut client = keeper.connect()?;
+        let describe = Call::Describe(keeper::Describe {
+            snapshot: snapshot.to_owned(),
+        });
+        let (Answer::Description(description), _) = client.call(describe, &[], |_| {})? else {
+            return Err(KeeperError::Unexpected.into());
+        };
+        let saved = check(&description)?;
+        let candidates = candidates(&saved, assets, image);
+        let open = Call::Open(keeper::Open {
+            snapshot: id_of(&description),
+            candidates,
+        });
+        let (Answer::Opened(opened), files) = client.call(open, &[], |_| {})? else {
+            return Err(KeeperError::Unexpected.into());
+        };
+        let mut files = files.into_iter().map(File::from);
+        let mut next = || files.next().ok_or(KeeperError::Unexpected);
+        let machine = match opened.has_memory {
+            true => Some((next()?, next()?)),
+            false => None,
+        };
+        let disk = opened.has_disk.then(&mut next).transpose()?;
+        Ok(Self {
+            saved,
+            snapshot: Some(id_of(&description)),
+            machine,
+            disk,
+            base_images: opened.base_images,
+            hot: opened.hot,
+        })
+    }
+
+    /// The configuration of a clone.
+    pub(crate) fn spec(&self, clone: &NewClone) -> SandboxSpec {
+        let found = |drive: &str| self.base_images.get(drive).map(PathBuf::from);
+        let mut spec = self.saved.spec.clone();
+        spec.name.clone_from(&clone.name);
+        spec.labels.clone_from(&clone.labels);
+        spec.life = clone.life;
+        spec.created_ms = now_ms();
+        spec.image = spec.image.map(|image| found("image").unwrap_or(image));
+        for (index, drive) in spec.drives.iter_mut().enumerate() {
+            let id = drive.id.clone().unwrap_or_else(|| format!("drive{index}"));
+            if let Some(path) = found(&id) {
+                drive.path = path;
+            }
+        }
+        spec
+    }
+}
+
+fn id_of(description: &keeper::Description) -> String {
+    let snapshot = description.snapshot.as_ref();
+    snapshot
+        .map(|snapshot| snapshot.id.clone())
+        .unwrap_or_default()
+}
+
+/// Where base images may be: where they were, and where new sandboxes have theirs.
+fn candidates(saved: &Saved, assets: &Assets, image: Option<PathBuf>) -> Vec<keeper::BaseImage> {
+    let of = |drive: &str, path: PathBuf| keeper::BaseImage {
+        drive: drive.to_owned(),
+        path: path.to_string_lossy().into_owned(),
+    };
+    let images = image
+        .into_iter()
+        .chain(saved.spec.image.clone())
+        .chain(assets.image().ok());
+    let drives = saved.spec.drives.iter().enumerate().map(|(index, drive)| {
+        let id = drive.id.clone().unwrap_or_else(|| format!("drive{index}"));
+        of(&id, drive.path.clone())
+    });
+    images.map(|path| of("image", path)).chain(drives).collect()
+}
+
+/// Whether this machine can restore it: told before anything is made.
+fn check(description: &keeper::Description) -> Result<Saved, SnapshotError> {
+    let id = id_of(description);
+    let unfit = |why: String, remedy: &str| SnapshotError::Unfit {
+        id: id.clone(),
+        why,
+        remedy: remedy.to_owned(),
+    };
+    let saved = Saved::parse(&description.sandbox).map_err(|why| {
+        unfit(
+            why,
+            "use the version of Bell Jar that wrote it, or a newer one",
+        )
+    })?;
+    let has_memory = description
+        .images
+        .iter()
+        .any(|image| image.name == "memory");
+    for (need, value) in &description.requirements {
+        match need.as_str() {
+            "cpu-vendor" if !has_memory || *value == cpu::vendor() => {}
+            "cpu-vendor" => {
+                return Err(unfit(
+                    format!(
+                        "it was taken on a processor of {value}, and this one is of {}",
+                        cpu::vendor()
+                    ),
+                    "restore it on a machine with such a processor",
+                ));
+            }
+            other => {
+                return Err(unfit(
+                    format!("it needs '{other}', which this version does not know"),
+                    "use the version of Bell Jar that wrote it, or a newer one",
+                ));
+            }
+        }
+    }
+    check_memory(description, &unfit)?;
+    Ok(saved)
+}
+
+/// Clones share what they only read, so the guest's whole RAM need not be free; but some of it must be.
+fn check_memory(
+    description: &keeper::Description,
+    unfit: &dyn Fn(String, &str) -> SnapshotError,
+) -> Result<(), SnapshotError> {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|line| line.split_ascii_whitespace().next()?.parse::<u64>().ok())
+    };
+    let (Some(total), Some(available)) = (kib("MemTotal:"), kib("MemAvailable:")) else {
+        return Ok(());
+    };
+    let swap = kib("SwapTotal:").unwrap_or(0);
+    let (all, free) = (total.saturating_add(swap) << 10, available << 10);
+    if description.memory_bytes > all {
+        return Err(unfit(
+            format!(
+                "its guest has {} MiB of memory, and this machine {} MiB",
+                description.memory_bytes >> 20,
+                all >> 20
+            ),
+            "restore it on a larger machine",
+        ));
+    }
+    if free < VMM_BYTES {
+        return Err(unfit(
+            format!("only {} MiB of this machine's memory are free", free >> 20),
+            "'belljar ls' lists what runs; stop something",
+        ));
+    }
+    Ok(())
+}
+
+/// Makes a sandbox from what was saved, and returns when its agent has taken over.
+///
+/// # Errors
+/// Where it ended early. Nothing is left behind then.
+pub fn restore(
+    root: &StateRoot,
+    programs: &Programs,
+    source: &Source,
+    clone: &NewClone,
+    assets: &Assets,
+    limits: Limits<'_>,
+    stages: &mut Stages,
+) -> Result<Sandbox, SnapshotError> {
+    if source.machine.is_some() {
+        return Ok(Sandbox::restore(
+            root, programs, source, clone, limits, stages,
+        )?);
+    }
+    // Only the disk was saved: the guest is booted.
+    let spec = source.spec(clone);
+    let (dir, lock) = create_with(root, &spec, |dir| source.fill(dir))?;
+    Ok(Sandbox::start(
+        &dir, lock, programs, assets, limits, stages,
+    )?)
+}
