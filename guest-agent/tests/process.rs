@@ -68,6 +68,82 @@ fn a_name_is_started_once() {
     assert_eq!(stdout, b"anew\n");
 }
 
+/// A program that nobody can open, and so not start, until this is dropped.
+struct Held {
+    _directory: tempfile::TempDir,
+    program: String,
+    holder: std::process::Child,
+}
+
+impl Held {
+    fn new() -> Self {
+        const HOLD: &str = "import fcntl, signal, sys; signal.signal(signal.SIGIO, signal.SIG_IGN); \
+            file = open(sys.argv[1], 'rb'); fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK); \
+            print(flush=True); sys.stdin.read()";
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join("program");
+        std::fs::copy("/bin/sleep", &program).unwrap();
+        let mut holder = std::process::Command::new("python3")
+            .args(["-c", HOLD])
+            .arg(&program)
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = [0];
+        std::io::Read::read_exact(holder.stdout.as_mut().unwrap(), &mut said).unwrap();
+        let program = program.to_str().unwrap().to_owned();
+        Self {
+            _directory: directory,
+            program,
+            holder,
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        drop(self.holder.stdin.take());
+        let _ = self.holder.wait();
+    }
+}
+
+#[test]
+fn a_name_that_is_being_started_is_waited_for() {
+    let agent = Agent::start();
+    let held = Held::new();
+    let exec = v1::Exec {
+        name: "slow".to_owned(),
+        detached: true,
+        ..argv(&[&held.program, "30"])
+    };
+    std::thread::scope(|scope| {
+        let start = || *Stream::open(&agent, Call::Exec(exec.clone())).started();
+        let clients: Vec<_> = (0..3).map(|_| scope.spawn(start)).collect();
+        // Others are not held up meanwhile.
+        let other = Stream::open(&agent, Call::Exec(daemon("other", "true")));
+        assert!(!other.started().existed);
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(
+            !clients
+                .iter()
+                .any(std::thread::ScopedJoinHandle::is_finished)
+        );
+        drop(held);
+        let started: Vec<_> = clients.into_iter().map(|it| it.join().unwrap()).collect();
+        assert!(
+            started.iter().all(|it| it.id == started[0].id),
+            "{started:?}"
+        );
+        assert_eq!(
+            started.iter().filter(|it| !it.existed).count(),
+            1,
+            "{started:?}"
+        );
+    });
+    assert!(!kill(&agent, by_name("slow")));
+}
+
 #[test]
 fn readers_have_their_own_places() {
     let agent = Agent::start();
@@ -432,9 +508,11 @@ fn starts_in_a_frozen_guest_wait_and_hold_nothing_up() {
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| agent.run(sh("echo thawed; exit 6")));
         let missing = scope.spawn(|| agent.exec(argv(&["no-such-program"])).map(|it| it.pid()));
-        let named = scope.spawn(|| {
-            drop(Stream::open(agent, Call::Exec(daemon("cold", "exit 3"))));
-        });
+        let start_named = || {
+            let stream = Stream::open(agent, Call::Exec(daemon("cold", "exit 3")));
+            stream.started().id
+        };
+        let named = [scope.spawn(start_named), scope.spawn(start_named)];
         // One that gives up.
         {
             let mut connection = belljar_protocol::client::Connection::new(agent.connect());
@@ -452,16 +530,14 @@ fn starts_in_a_frozen_guest_wait_and_hold_nothing_up() {
             panic!()
         };
         assert!(list.processes.is_empty(), "{list:?}");
-        assert!(!waiting.is_finished() && !missing.is_finished() && !named.is_finished());
-        assert_eq!(
-            refused(agent, Call::Exec(daemon("cold", "exit 3"))),
-            v1::error::Code::Busy
-        );
+        assert!(!waiting.is_finished() && !missing.is_finished());
+        assert!(!named.iter().any(std::thread::ScopedJoinHandle::is_finished));
         freeze("0");
         let (stdout, _, how) = waiting.join().unwrap();
         assert_eq!((stdout.as_slice(), how), (&b"thawed\n"[..], exited(6)));
         assert!(missing.join().unwrap().is_err());
-        named.join().unwrap();
+        let [one, other] = named.map(|it| it.join().unwrap());
+        assert_eq!(one, other);
     });
     assert_eq!(how(&wait(agent, by_name("cold"))), exited(3));
     wait_until("nothing is left", || agent.children().is_empty());

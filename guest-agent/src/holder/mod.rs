@@ -109,6 +109,8 @@ pub(crate) struct Holder {
     events: Events,
     /// Programs that do not run yet.
     starting: Vec<start::Pending>,
+    /// Starts of a name that is being started: they wait for what becomes of that one.
+    followers: Vec<(u64, crate::wire::Start)>,
     /// When processes want to be looked at.
     timers: BTreeSet<(Instant, u64)>,
     /// Processes with more to do than fitted into their turn.
@@ -181,6 +183,7 @@ impl Holder {
             last_channel: 0,
             events: Events::new(),
             starting: Vec::new(),
+            followers: Vec::new(),
             timers: BTreeSet::new(),
             again: BTreeSet::new(),
             dirty: BTreeSet::new(),

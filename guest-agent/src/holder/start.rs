@@ -103,17 +103,14 @@ impl Holder {
             let message = format!("{MAX_RUNNING} processes run already");
             return self.refuse(channel, Code::Busy, message);
         }
-        if !start.name.is_empty()
-            && self
-                .starting
-                .iter()
-                .any(|it| it.prepared.start.name == start.name)
-        {
-            return self.refuse(
-                channel,
-                Code::Busy,
-                "a process of that name is being started",
-            );
+        let is_same = |it: &Pending| it.prepared.start.name == start.name;
+        if !start.name.is_empty() && self.starting.iter().any(is_same) {
+            // What becomes of that one decides; see `start_followers`.
+            if let Some(channel) = self.channels.get_mut(&channel) {
+                channel.role = Role::Starting;
+            }
+            self.followers.push((channel, start));
+            return;
         }
         if let Err(error) = self.try_start(channel, start) {
             self.say_not_started(channel, error);
@@ -214,15 +211,38 @@ impl Holder {
                 self.starting.push(Pending { prepared, starting });
                 None
             }
-            Ok(Ok(pid)) => Some(self.enter(prepared, pid)),
+            Ok(Ok(pid)) => {
+                let name = prepared.start.name.clone();
+                let id = self.enter(prepared, pid);
+                self.start_followers(&name);
+                Some(id)
+            }
             Ok(Err(failure)) => {
+                let name = prepared.start.name.clone();
                 self.returned.extend(prepared.leaf);
                 self.untidy = true;
                 if let Some(channel) = self.channels.get_mut(&channel) {
                     channel.role = Role::Idle;
                 }
                 self.say_not_started(channel, NotStarted::Failed(failure));
+                self.start_followers(&name);
                 None
+            }
+        }
+    }
+
+    /// Answers those who wanted a program of the name of one whose start has just been decided: with that one
+    /// if it runs, else by a start of their own.
+    fn start_followers(&mut self, name: &str) {
+        let is_meant = |(_, start): &mut (u64, Start)| start.name == name;
+        let followers: Vec<_> = self.followers.extract_if(.., is_meant).collect();
+        for (id, start) in followers {
+            let Some(channel) = self.channels.get_mut(&id) else {
+                continue;
+            };
+            if matches!(channel.role, Role::Starting) {
+                channel.role = Role::Idle;
+                self.start(id, start);
             }
         }
     }

@@ -2,6 +2,7 @@
 //! back must be, byte for byte, what was sent.
 
 use std::os::unix::net::UnixStream;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -46,6 +47,9 @@ pub struct Echo {
     pub reconnects: AtomicUsize,
     /// How much has come back.
     pub progress: AtomicUsize,
+    /// What its client does and how far it is, for a story that stands still.
+    doing: Mutex<String>,
+    ended: AtomicBool,
 }
 
 impl Echo {
@@ -57,7 +61,25 @@ impl Echo {
             cut: AtomicBool::new(false),
             reconnects: AtomicUsize::new(0),
             progress: AtomicUsize::new(0),
+            doing: Mutex::new(String::new()),
+            ended: AtomicBool::new(false),
         }
+    }
+
+    /// Whether its client is through, or failed.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Relaxed)
+    }
+
+    /// What its client does and how far it is.
+    #[must_use]
+    pub fn doing(&self) -> String {
+        let doing = self
+            .doing
+            .lock()
+            .map_or_else(|_| String::new(), |text| text.clone());
+        format!("{} (terminal: {}): {doing}", self.name(), self.on_terminal)
     }
 
     /// The program's name in the guest.
@@ -96,13 +118,19 @@ impl Echo {
         }
     }
 
-    /// Runs the program and its client until `stop`, and then until all that was sent is back. Returns how
-    /// many bytes that were.
+    /// Runs the program and its client, which types something every `pace` or so, until `stop`, and then until
+    /// all that was sent is back. Returns how many bytes that were.
     ///
     /// # Panics
     /// Bytes are missing, differ, or come twice.
-    pub fn run(&self, connect: &dyn Fn() -> Option<UnixStream>, stop: &AtomicBool) -> usize {
+    pub fn run(
+        &self,
+        connect: &dyn Fn() -> Option<UnixStream>,
+        pace: Duration,
+        stop: &AtomicBool,
+    ) -> usize {
         const READY: &[u8] = b"ready\n";
+        let _ends = Ends(&self.ended);
         self.start(connect);
         let mut client = Client {
             echo: self,
@@ -117,6 +145,7 @@ impl Echo {
         while client.received.len() < READY.len() {
             client.take();
         }
+        let mut next = Instant::now();
         let mut random = Random::new(self.number.wrapping_mul(0x9E37_79B9_7F4A_7C15));
         loop {
             let back = client.received.len() - READY.len();
@@ -126,13 +155,12 @@ impl Echo {
             }
             if client.sent < client.content.len() {
                 client.give();
-            } else if !ends && client.content.len() < back + WINDOW {
+            } else if !ends && Instant::now() >= next && client.content.len() < back + WINDOW {
                 let length = 1 + random.below(WINDOW - (client.content.len() - back));
                 let piece = (0..length).map(|_| random.below(256) as u8);
                 client.content.extend(piece);
                 client.give();
-                // Many of them share a processor in software.
-                std::thread::sleep(Duration::from_millis(10 + random.below(20) as u64));
+                next = Instant::now() + pace / 2 + pace * random.below(100) as u32 / 100;
             } else {
                 client.take();
             }
@@ -150,6 +178,16 @@ impl Echo {
         );
         assert_eq!(body.len(), client.content.len(), "{}", self.name());
         body.len()
+    }
+}
+
+/// Says that something has ended, also when it failed.
+#[derive(Debug)]
+pub struct Ends<'a>(pub &'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 
@@ -175,6 +213,18 @@ struct Client<'a> {
 }
 
 impl Client<'_> {
+    fn says(&self, what: &str) {
+        if let Ok(mut doing) = self.echo.doing.lock() {
+            *doing = format!(
+                "{what}; {} typed, {} sent, {} taken, {} came back",
+                self.content.len(),
+                self.sent,
+                self.taken,
+                self.received.len()
+            );
+        }
+    }
+
     /// Connected, from where both directions were.
     fn connection(&mut self) -> &mut Connection<UnixStream> {
         if self.echo.cut.swap(false, Ordering::Relaxed) {
@@ -196,6 +246,7 @@ impl Client<'_> {
     }
 
     fn attach(&mut self, deadline: Instant) -> Option<Connection<UnixStream>> {
+        self.says("attaches");
         let offset = |at: usize| v1::Position {
             at: Some(v1::position::At::Offset(at as u64)),
         };
@@ -228,6 +279,7 @@ impl Client<'_> {
     fn give(&mut self) {
         let deadline = Some(Instant::now() + PATIENCE);
         self.connection();
+        self.says("types");
         let piece = self.content.get(self.sent..).unwrap_or_default().to_vec();
         let end = self.content.len();
         let Some(connection) = &mut self.connection else {
@@ -247,6 +299,8 @@ impl Client<'_> {
     fn take(&mut self) {
         // Short, so that a cut that the story orders is noticed while nothing comes.
         let deadline = Some(Instant::now() + Duration::from_millis(200));
+        self.connection();
+        self.says("reads");
         let outcome = self
             .connection()
             .receive::<v1::ExecOutput>("output", deadline);
