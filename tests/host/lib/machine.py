@@ -17,6 +17,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import tsc
 from kernel import HostError, HostKernel, initramfs
 
 PR_SET_PDEATHSIG = 1
@@ -87,13 +88,18 @@ class Machine:
         with os.fdopen(image, "wb", closefd=False) as file:
             file.write(initramfs(kernel, job))
         cpus = 1 if shape.icount else shape.cpus
+        line = KERNEL_LINE + (KERNEL_LINE_SMP if cpus > 1 else "")
+        if not shape.icount:
+            # Measured by the emulated host, against a timer that a thread of QEMU drives, it is now and then
+            # wrong by a factor on a machine under load, and so is every clock and time limit there.
+            line += f" tsc_early_khz={tsc.khz()}"
         command = [
             QEMU, "-M", "q35,accel=tcg", "-cpu", "EPYC,+svm,+npt,check=off", "-smp", str(cpus),
             "-m", str(shape.memory_mib), "-nographic", "-no-reboot", "-nodefaults", "-monitor", "none",
             "-object", f"memory-backend-memfd,id=memory,size={shape.memory_mib}M,share=on",
             "-numa", "node,memdev=memory",
             "-kernel", str(kernel.vmlinuz), "-initrd", f"/proc/self/fd/{image}",
-            "-append", KERNEL_LINE + (KERNEL_LINE_SMP if cpus > 1 else ""),
+            "-append", line,
             "-chardev", f"socket,id=serial,fd={serial}", "-serial", "chardev:serial",
             "-device", "virtio-serial-pci",
             "-chardev", f"socket,id=stdout,fd={stdout}", "-device", "virtserialport,nr=1,chardev=stdout",

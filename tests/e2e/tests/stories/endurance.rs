@@ -106,15 +106,25 @@ impl<'a> Guest<'a> {
 }
 
 /// What the story itself does.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Step {
     number: AtomicUsize,
-    name: Mutex<&'static str>,
+    now: Mutex<(&'static str, Instant)>,
 }
 
 impl Step {
+    fn new() -> Self {
+        Self {
+            number: AtomicUsize::new(0),
+            now: Mutex::new(("start", Instant::now())),
+        }
+    }
+
     fn begins(&self, name: &'static str) {
-        *self.name.lock().unwrap() = name;
+        let last = std::mem::replace(&mut *self.now.lock().unwrap(), (name, Instant::now()));
+        if last.1.elapsed() > Duration::from_secs(5) {
+            eprintln!("'{}' took {:?}", last.0, last.1.elapsed());
+        }
         self.number.fetch_add(1, Ordering::Relaxed);
     }
 }
@@ -136,7 +146,7 @@ fn watch(echoes: &[Echo], step: &Step) {
                 *known = (count, now);
             } else if now - known.1 > STILL {
                 eprintln!("{who} stands still for {STILL:?}");
-                let name = *step.name.lock().unwrap();
+                let name = step.now.lock().unwrap().0;
                 eprintln!(
                     "the story: step {}, {name}",
                     step.number.load(Ordering::Relaxed)
@@ -160,7 +170,7 @@ fn cuts_killed_workers_and_pauses_lose_and_repeat_nothing() {
     // All of them share a processor in software: what they ask for must be less than it gives.
     let pace = Duration::from_millis(60 * programs);
     let stop = AtomicBool::new(false);
-    let step = Step::default();
+    let step = Step::new();
     let connect = || guest.connect();
     let (mut kills, mut pauses) = (0, 0);
     let bytes: usize = std::thread::scope(|scope| {
