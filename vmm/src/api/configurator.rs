@@ -1,5 +1,6 @@
 //! The order of calls: what is allowed when, and what the machine must do for it.
 mod balloon;
+mod drives;
 mod snapshot;
 #[cfg(test)]
 mod tests;
@@ -9,8 +10,8 @@ use std::os::fd::OwnedFd;
 use self::balloon::{check_balloon_fits, no_balloon};
 use super::{Action, Body, Fault, InstanceState, Request};
 use crate::config::{
-    BalloonStatsUpdate, BalloonUpdate, Descriptors, Drive, DrivePatch, HintingStart, Logger,
-    Metrics, SnapshotCreate, SnapshotLoad, Source, VmConfig,
+    BalloonStatsUpdate, BalloonUpdate, Descriptors, DrivePatch, HintingStart, Logger, Metrics,
+    SnapshotCreate, SnapshotLoad, Source, VmConfig,
 };
 
 /// Where the microVM is in its life.
@@ -315,17 +316,7 @@ impl Configurator {
             Effect::Pause => self.phase = Phase::Paused,
             Effect::SetLogger(logger) => self.merge_logger(logger),
             Effect::SetMetrics(metrics) => self.config.metrics = Some(metrics.clone()),
-            Effect::UpdateDrive(patch) => {
-                let known = self
-                    .config
-                    .drives
-                    .iter_mut()
-                    .find(|d| d.drive_id == patch.drive_id);
-                if let (Some(drive), Some(path)) = (known, &patch.path_on_host) {
-                    drive.path_on_host.clone_from(path);
-                }
-                self.descriptors.clear();
-            }
+            Effect::UpdateDrive(patch) => self.drive_updated(patch),
             Effect::UpdateBalloon(update) => {
                 if let Some(balloon) = &mut self.config.balloon {
                     balloon.amount_mib = update.amount_mib;
@@ -397,51 +388,6 @@ impl Configurator {
         )?;
         self.config.machine_config = machine;
         Ok(Effect::Done)
-    }
-
-    fn put_drive(&mut self, drive: Drive) -> Outcome {
-        self.before_start("/drives")?;
-        self.check_source("path_on_host", Some(&drive.path_on_host))?;
-        let is_other_root = |d: &&Drive| d.is_root_device && d.drive_id != drive.drive_id;
-        if drive.is_root_device
-            && let Some(other) = self.config.drives.iter().find(is_other_root)
-        {
-            return Err(Fault::new(format!(
-                "is_root_device: a root block device already exists: {:?}",
-                other.drive_id
-            )));
-        }
-        let drives = &mut self.config.drives;
-        let full = drives.len() >= MAX_DRIVES;
-        match drives.iter_mut().find(|d| d.drive_id == drive.drive_id) {
-            Some(known) => *known = drive,
-            None if full => {
-                return Err(Fault::new(format!(
-                    "/drives: at most {MAX_DRIVES} drives are possible"
-                )));
-            }
-            None => drives.push(drive),
-        }
-        // Stable: the others keep their order.
-        self.config.drives.sort_by_key(|d| !d.is_root_device);
-        Ok(Effect::Done)
-    }
-
-    fn patch_drive(&mut self, patch: DrivePatch) -> Outcome {
-        self.after_start("PATCH /drives")?;
-        if !self
-            .config
-            .drives
-            .iter()
-            .any(|d| d.drive_id == patch.drive_id)
-        {
-            return Err(Fault::new(format!(
-                "drive_id: there is no drive {:?}",
-                patch.drive_id
-            )));
-        }
-        self.check_source("path_on_host", patch.path_on_host.as_ref())?;
-        Ok(Effect::UpdateDrive(patch))
     }
 
     fn prepare(&mut self, vcpu_count: u8) -> Outcome {

@@ -4,6 +4,7 @@
 //! into another format by writing a header.
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, FileType, FlockOperation, OFlags};
 use rustix::io::Errno;
@@ -49,7 +50,7 @@ pub enum DiskError {
 /// It holds a lock (flock) as long as it lives: exclusive if writable, else shared.
 #[derive(Debug)]
 pub struct RawFile {
-    file: File,
+    file: Arc<File>,
     size: u64,
     vectors: IoVectors,
 }
@@ -61,31 +62,7 @@ impl RawFile {
     /// # Errors
     /// See [`DiskError`]: kind, mode, lock and size are checked, contents never.
     pub fn new(file: File, disk: &str, read_only: bool) -> Result<Self, DiskError> {
-        let io = |what: &'static str| {
-            move |source: Errno| DiskError::Io {
-                disk: disk.to_owned(),
-                what,
-                source: source.into(),
-            }
-        };
-        let stat = rustix::fs::fstat(&file).map_err(io("look at its kind"))?;
-        check_kind(disk, FileType::from_raw_mode(stat.st_mode))?;
-        let flags = rustix::fs::fcntl_getfl(&file).map_err(io("read its flags"))?;
-        check_mode(disk, flags, read_only)?;
-        let lock = if read_only {
-            FlockOperation::NonBlockingLockShared
-        } else {
-            FlockOperation::NonBlockingLockExclusive
-        };
-        rustix::fs::flock(&file, lock).map_err(|e| {
-            if e == Errno::WOULDBLOCK {
-                DiskError::InUse {
-                    disk: disk.to_owned(),
-                }
-            } else {
-                io("lock it")(e)
-            }
-        })?;
+        take(&file, disk, read_only)?;
         let size = measure(&file).map_err(|source| DiskError::Io {
             disk: disk.to_owned(),
             what: "find its size",
@@ -103,13 +80,13 @@ impl RawFile {
             });
         }
         Ok(Self {
-            file,
+            file: Arc::new(file),
             size,
             vectors: IoVectors::default(),
         })
     }
 
-    pub(super) fn file(&self) -> &File {
+    pub(super) fn file(&self) -> &Arc<File> {
         &self.file
     }
 
@@ -145,6 +122,35 @@ impl RawFile {
             }
         }
     }
+}
+
+/// Checks kind and mode of a disk's file, and locks it: shared if it is only read, else exclusively.
+pub(super) fn take(file: &File, disk: &str, read_only: bool) -> Result<(), DiskError> {
+    let io = |what: &'static str| {
+        move |source: Errno| DiskError::Io {
+            disk: disk.to_owned(),
+            what,
+            source: source.into(),
+        }
+    };
+    let stat = rustix::fs::fstat(file).map_err(io("look at its kind"))?;
+    check_kind(disk, FileType::from_raw_mode(stat.st_mode))?;
+    let flags = rustix::fs::fcntl_getfl(file).map_err(io("read its flags"))?;
+    check_mode(disk, flags, read_only)?;
+    let lock = if read_only {
+        FlockOperation::NonBlockingLockShared
+    } else {
+        FlockOperation::NonBlockingLockExclusive
+    };
+    rustix::fs::flock(file, lock).map_err(|e| {
+        if e == Errno::WOULDBLOCK {
+            DiskError::InUse {
+                disk: disk.to_owned(),
+            }
+        } else {
+            io("lock it")(e)
+        }
+    })
 }
 
 const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);

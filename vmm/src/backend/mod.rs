@@ -2,9 +2,11 @@
 #![allow(unsafe_code)]
 pub mod aside;
 pub mod disk;
+mod engine;
 pub mod file;
 pub mod inherited;
 mod iovec;
+pub mod layers;
 pub mod output;
 pub mod unix;
 pub mod uring;

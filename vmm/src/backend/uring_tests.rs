@@ -1,5 +1,9 @@
+use super::super::engine::Ring;
 use super::*;
+use crate::memory::segment::Segment;
+use io_uring::{IoUring, opcode};
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
@@ -46,9 +50,9 @@ fn the_ring_is_made_with_the_first_request_and_takes_only_disk_operations() {
         return;
     }
     let (mut disk, _file) = disk(4096);
-    assert!(matches!(disk.ring, Ring::Unmade));
+    assert!(matches!(disk.engine.ring, Ring::Unmade));
     run(&mut disk, &ram(), Op::Flush).unwrap();
-    let Ring::Made(ring) = &mut disk.ring else {
+    let Ring::Made(ring) = &mut disk.engine.ring else {
         panic!("no ring");
     };
     // SAFETY: the entry refers to no memory.
@@ -61,7 +65,7 @@ fn the_ring_is_made_with_the_first_request_and_takes_only_disk_operations() {
 #[test]
 fn without_io_uring_requests_are_done_at_once() {
     let (mut disk, _file) = disk(4096);
-    disk.ring = Ring::Refused;
+    disk.engine.ring = Ring::Refused;
     let mem = ram();
     let to = [segment(0, 512)];
     let started = disk.start(
@@ -133,7 +137,7 @@ fn a_tag_in_flight_cannot_be_used_again() {
         for tag in [1, DEPTH, u16::MAX] {
             assert!(matches!(disk.start(&mem, op, tag), Started::Done(Err(_))));
         }
-        assert_eq!(disk.in_flight, 1);
+        assert_eq!(disk.engine.in_flight, 1);
     }
 }
 

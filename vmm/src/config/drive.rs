@@ -1,4 +1,4 @@
-//! `/drives/{id}`. Contents are raw: the format of a drive is never guessed.
+//! `/drives/{id}`. The format of a drive is declared, never guessed.
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
@@ -26,6 +26,20 @@ pub enum IoEngine {
     Async,
 }
 
+/// Ours: what a drive's bytes are in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// One file with the drive's bytes.
+    #[default]
+    Raw,
+    /// Layers over a raw image (`docs/disk-layers.md`).
+    Layers,
+}
+
+/// Most layers of a drive, the one that is written included.
+pub const MAX_LAYERS: usize = belljar_layers::MAX_LAYERS;
+
 /// `PUT /drives/{drive_id}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Raw")]
@@ -45,6 +59,17 @@ pub struct Drive {
     /// `None`: the first 20 characters of `drive_id`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
+    /// Ours. With [`Format::Layers`] `path_on_host` is the base image, which is only read.
+    #[serde(skip_serializing_if = "is_raw")]
+    pub format: Format,
+    /// Ours: with [`Format::Layers`] 1 to [`MAX_LAYERS`] of them, lowest first, else none. Unless the drive
+    /// is read-only the last one is written.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub layers: Vec<Source>,
+}
+
+fn is_raw(format: &Format) -> bool {
+    *format == Format::Raw
 }
 
 impl Drive {
@@ -62,6 +87,17 @@ pub struct DrivePatch {
     pub drive_id: String,
     /// `None`: the guest is only told to read the size again.
     pub path_on_host: Option<Source>,
+    /// Ours: for a layered drive, and then alone.
+    pub merged_layers: Option<MergedLayers>,
+}
+
+/// One frozen layer takes the place of several.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MergedLayers {
+    /// How many, from the lowest on.
+    pub count: usize,
+    pub path_on_host: Source,
 }
 
 #[derive(Deserialize)]
@@ -82,6 +118,10 @@ struct Raw {
     #[serde(default)]
     serial: Option<String>,
     #[serde(default)]
+    format: Option<Format>,
+    #[serde(default)]
+    layers: Vec<Source>,
+    #[serde(default)]
     rate_limiter: Option<IgnoredAny>,
     #[serde(default)]
     socket: Option<IgnoredAny>,
@@ -93,6 +133,8 @@ struct RawPatch {
     drive_id: String,
     #[serde(default)]
     path_on_host: Option<Source>,
+    #[serde(default)]
+    merged_layers: Option<MergedLayers>,
     #[serde(default)]
     rate_limiter: Option<IgnoredAny>,
 }
@@ -122,15 +164,19 @@ impl TryFrom<Raw> for Drive {
                 format_args!("must be 1 to {MAX_SERIAL} printable ASCII characters"),
             ));
         }
+        let format = raw.format.unwrap_or_default();
+        check_layers(format, &raw.layers)?;
         Ok(Self {
             drive_id: raw.drive_id,
             path_on_host,
             is_root_device: raw.is_root_device,
             partuuid: raw.partuuid,
             is_read_only: raw.is_read_only.unwrap_or(false),
-            cache_type: raw.cache_type.unwrap_or_default(),
+            cache_type: cache_type(format, raw.cache_type)?,
             io_engine: raw.io_engine.unwrap_or_default(),
             serial: raw.serial,
+            format,
+            layers: raw.layers,
         })
     }
 }
@@ -140,10 +186,45 @@ impl TryFrom<RawPatch> for DrivePatch {
     fn try_from(raw: RawPatch) -> Result<Self, ConfigError> {
         check_id("drive_id", &raw.drive_id)?;
         refuse("rate_limiter", raw.rate_limiter.as_ref(), NO_RATE_LIMITER)?;
+        if raw.path_on_host.is_some() && raw.merged_layers.is_some() {
+            return Err(ConfigError::new(
+                "merged_layers",
+                "stands alone: the file of the merged layer is its own path_on_host",
+            ));
+        }
         Ok(Self {
             drive_id: raw.drive_id,
             path_on_host: raw.path_on_host,
+            merged_layers: raw.merged_layers,
         })
+    }
+}
+
+/// Layers for the drives that have them, and a number that can be.
+pub(super) fn check_layers(format: Format, layers: &[Source]) -> Result<(), ConfigError> {
+    let count = layers.len();
+    match format {
+        Format::Raw if count > 0 => Err(ConfigError::new(
+            "layers",
+            "only a drive with format \"layers\" has any",
+        )),
+        Format::Layers if !(1..=MAX_LAYERS).contains(&count) => Err(ConfigError::new(
+            "layers",
+            format_args!("1 to {MAX_LAYERS} are possible, these are {count}"),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// A layer's map becomes durable when the guest flushes: without flushes nothing would be kept.
+fn cache_type(format: Format, given: Option<CacheType>) -> Result<CacheType, ConfigError> {
+    match (format, given) {
+        (Format::Raw, given) => Ok(given.unwrap_or_default()),
+        (Format::Layers, Some(CacheType::Unsafe)) => Err(ConfigError::new(
+            "cache_type",
+            "a drive with format \"layers\" is always \"Writeback\"",
+        )),
+        (Format::Layers, _) => Ok(CacheType::Writeback),
     }
 }
 
@@ -163,4 +244,55 @@ fn check_partuuid(uuid: &str, is_root: bool) -> Result<(), ConfigError> {
         ));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::parse;
+    use super::*;
+
+    fn drive(fields: &str) -> Result<Drive, String> {
+        let text = format!(
+            r#"{{"drive_id": "d", "path_on_host": "base", "is_root_device": false{fields}}}"#
+        );
+        parse(text.as_bytes()).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn layers_are_declared_and_come_back_as_they_were() {
+        let layered = drive(r#", "format": "layers", "layers": ["one", "fd:two"]"#).unwrap();
+        assert_eq!(layered.format, Format::Layers);
+        assert_eq!(layered.cache_type, CacheType::Writeback);
+        assert_eq!(layered.layers[1], Source::Fd("two".into()));
+        let text = serde_json::to_string(&layered).unwrap();
+        assert_eq!(parse::<Drive>(text.as_bytes()).unwrap(), layered);
+        // Drives as others know them stay without our fields.
+        let raw = serde_json::to_string(&drive("").unwrap()).unwrap();
+        assert!(!raw.contains("layers") && !raw.contains("format"), "{raw}");
+    }
+
+    #[test]
+    fn layers_that_cannot_be_are_refused() {
+        let nine = format!(
+            r#", "format": "layers", "layers": ["a"{}]"#,
+            r#","a""#.repeat(8)
+        );
+        for (fields, says) in [
+            (r#", "layers": ["a"]"#, "format"),
+            (r#", "format": "raw", "layers": ["a"]"#, "format"),
+            (r#", "format": "layers""#, "1 to 8"),
+            (&nine, "1 to 8"),
+            (r#", "format": "qcow2""#, "qcow2"),
+            (
+                r#", "format": "layers", "layers": ["a"], "cache_type": "Unsafe""#,
+                "Writeback",
+            ),
+        ] {
+            let error = drive(fields).unwrap_err();
+            assert!(error.contains(says), "{error}: {says}");
+        }
+        let patch = br#"{"drive_id": "d", "path_on_host": "a",
+            "merged_layers": {"count": 2, "path_on_host": "b"}}"#;
+        assert!(parse::<DrivePatch>(patch).is_err());
+    }
 }

@@ -28,12 +28,14 @@ pub use balloon::{
 };
 pub use boot::{BootProtocol, BootSource, DEFAULT_BOOT_ARGS, Discovery, MAX_BOOT_ARGS};
 pub use descriptors::{Descriptors, Expect, OpenError};
-pub use drive::{CacheType, Drive, DrivePatch, IoEngine, MAX_SERIAL};
+pub use drive::{
+    CacheType, Drive, DrivePatch, Format, IoEngine, MAX_LAYERS, MAX_SERIAL, MergedLayers,
+};
 pub use machine::{
     CpuBaseline, HugePages, MAX_MEM_MIB, MAX_VCPUS, MIN_MEM_MIB, MachineConfig, MachinePatch,
 };
 pub use output::{Console, Logger, Metrics, Serial};
-pub use snapshot::{SnapshotCreate, SnapshotLoad, SnapshotType};
+pub use snapshot::{DriveOverride, SnapshotCreate, SnapshotLoad, SnapshotType};
 pub use source::Source;
 pub(crate) use source::check_fd_name;
 pub use vm::{Entropy, Prepare, VmConfig};

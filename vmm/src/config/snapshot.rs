@@ -26,6 +26,10 @@ pub struct SnapshotCreate {
     pub snapshot_path: Source,
     /// Where RAM goes, the same way.
     pub mem_file_path: Source,
+    /// Ours: by `drive_id`, the files that are written from this moment on. The layers that were
+    /// written before are frozen.
+    #[serde(default)]
+    pub next_layers: BTreeMap<String, Source>,
 }
 
 /// `PUT /snapshot/load`.
@@ -42,7 +46,22 @@ pub struct SnapshotLoad {
     /// Takes the place of the socket in the snapshot.
     pub vsock: Option<Source>,
     /// Take the place of files in the snapshot, by `drive_id`.
-    pub drives: BTreeMap<String, Source>,
+    pub drives: BTreeMap<String, DriveOverride>,
+}
+
+/// Other files for a drive.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DriveOverride {
+    /// `None`: as in the snapshot.
+    pub path_on_host: Option<Source>,
+    /// Of a layered drive; empty: as in the snapshot.
+    pub layers: Vec<Source>,
+}
+
+impl DriveOverride {
+    fn sources(&self) -> impl Iterator<Item = &Source> {
+        self.path_on_host.iter().chain(&self.layers)
+    }
 }
 
 #[derive(Deserialize)]
@@ -92,7 +111,10 @@ struct RawVsock {
 #[serde(deny_unknown_fields)]
 struct RawDrive {
     drive_id: String,
-    path_on_host: Source,
+    #[serde(default)]
+    path_on_host: Option<Source>,
+    #[serde(default)]
+    layers: Vec<Source>,
 }
 
 impl TryFrom<RawLoad> for SnapshotLoad {
@@ -141,10 +163,21 @@ impl TryFrom<RawLoad> for SnapshotLoad {
         for RawDrive {
             drive_id,
             path_on_host,
+            layers,
         } in raw.drive_overrides
         {
             check_id("drive_overrides.drive_id", &drive_id)?;
-            if drives.insert(drive_id.clone(), path_on_host).is_some() {
+            let files = DriveOverride {
+                path_on_host,
+                layers,
+            };
+            if files.sources().next().is_none() {
+                return Err(ConfigError::new(
+                    "drive_overrides",
+                    format_args!("{drive_id:?} has neither path_on_host nor layers"),
+                ));
+            }
+            if drives.insert(drive_id.clone(), files).is_some() {
                 return Err(ConfigError::new(
                     "drive_overrides",
                     format_args!("{drive_id:?} is there twice"),
@@ -174,6 +207,7 @@ impl SnapshotLoad {
         .chain(
             self.drives
                 .values()
+                .flat_map(DriveOverride::sources)
                 .map(|source| ("drive_overrides", source)),
         )
     }
@@ -227,6 +261,10 @@ mod tests {
             (
                 r#","mem_file_path":"m","drive_overrides":[{"drive_id":"a","path_on_host":"x"},{"drive_id":"a","path_on_host":"y"}]"#,
                 "twice",
+            ),
+            (
+                r#","mem_file_path":"m","drive_overrides":[{"drive_id":"a"}]"#,
+                "neither",
             ),
         ] {
             let error = load(&format!(r#"{{"snapshot_path":"s"{fields}}}"#)).unwrap_err();

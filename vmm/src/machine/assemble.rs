@@ -20,11 +20,12 @@ use crate::arch::x86_64::cpuid::{self, CpuidError, OtherCpu};
 use crate::arch::x86_64::kernel::{KernelError, LoadedKernel};
 use crate::arch::x86_64::mptable::{self, MpTableError};
 use crate::arch::x86_64::{layout, registers};
-use crate::backend::disk::FileId;
+use crate::backend::disk::{Disk, FileId};
+use crate::backend::layers::{self, Named};
 use crate::backend::unix::{ListenError, Listener, SocketFile};
 use crate::bus::{BusDevice, BusError};
 use crate::config::{
-    Descriptors, Discovery, Drive, Expect, MachineConfig, OpenError, Source, VmConfig,
+    Descriptors, Discovery, Drive, Expect, Format, MachineConfig, OpenError, Source, VmConfig,
 };
 use crate::kvm::{GuestBus, Vcpu, VcpuError, VcpuThread, Vm, VmError};
 use crate::legacy::{self, MachineEvents, SerialRegisters};
@@ -287,24 +288,11 @@ impl<'a> Builder<'a> {
     }
 
     fn add_drive(&mut self, drive: &Drive) -> Result<DriveHandle> {
-        let expect = if drive.is_read_only {
-            Expect::ReadDisk
-        } else {
-            Expect::WriteDisk
-        };
-        let field = format!("drive {:?}: path_on_host", drive.drive_id);
-        let file = self
-            .parts
-            .descriptors
-            .open(&field, &drive.path_on_host, expect)?;
-        let name = drive.path_on_host.to_string();
+        let (disk, layers) = self.open_drive(drive)?;
         let failed = |what: String| AssembleError::Drive {
             id: drive.drive_id.clone(),
             what,
         };
-        self.claim(&file, drive).map_err(failed)?;
-        let disk = blk::open_disk(file, &name, drive.is_read_only, drive.io_engine)
-            .map_err(|e| failed(e.to_string()))?;
         let options = blk::Options {
             id: drive.drive_id.clone(),
             serial: drive.serial().to_owned(),
@@ -317,26 +305,81 @@ impl<'a> Builder<'a> {
             control: device.control(),
             stats: device.stats(),
             read_only: drive.is_read_only,
+            layers,
         };
         self.add_virtio(Box::new(device))?;
         Ok(handle)
     }
 
+    fn open_drive(&mut self, drive: &Drive) -> Result<(Box<dyn Disk>, Option<layers::Handle>)> {
+        let failed = |what: String| AssembleError::Drive {
+            id: drive.drive_id.clone(),
+            what,
+        };
+        let read_only = drive.is_read_only;
+        if drive.format == Format::Raw {
+            let Named { file, name } =
+                self.open_file(drive, "path_on_host", &drive.path_on_host, read_only)?;
+            let disk = blk::open_disk(file, &name, read_only, drive.io_engine)
+                .map_err(|e| failed(e.to_string()))?;
+            return Ok((disk, None));
+        }
+        let base = self.open_file(drive, "path_on_host", &drive.path_on_host, true)?;
+        let top = drive.layers.len().checked_sub(1).filter(|_| !read_only);
+        let mut files = Vec::new();
+        for (index, source) in drive.layers.iter().enumerate() {
+            files.push(self.open_file(drive, "layers", source, Some(index) != top)?);
+        }
+        let (disk, handle) = layers::open(base, files, read_only, drive.io_engine)
+            .map_err(|e| failed(e.to_string()))?;
+        Ok((disk, Some(handle)))
+    }
+
+    /// A file of a drive, which no other drive may have if one of them writes it.
+    fn open_file(
+        &mut self,
+        drive: &Drive,
+        field: &str,
+        source: &Source,
+        read_only: bool,
+    ) -> Result<Named> {
+        let expect = if read_only {
+            Expect::ReadDisk
+        } else {
+            Expect::WriteDisk
+        };
+        let field = format!("drive {:?}: {field}", drive.drive_id);
+        let file = self.parts.descriptors.open(&field, source, expect)?;
+        let claimed = self.claim(&file, source, read_only, &drive.drive_id);
+        claimed.map_err(|what| AssembleError::Drive {
+            id: drive.drive_id.clone(),
+            what,
+        })?;
+        Ok(Named {
+            file,
+            name: source.to_string(),
+        })
+    }
+
     /// Two drives on one open file share its lock, so the lock cannot tell that it is there twice.
-    fn claim(&mut self, file: &File, drive: &Drive) -> std::result::Result<(), String> {
+    fn claim(
+        &mut self,
+        file: &File,
+        source: &Source,
+        read_only: bool,
+        drive: &str,
+    ) -> std::result::Result<(), String> {
         let id = FileId::of(file).map_err(|e| e.to_string())?;
         let shared = self
             .claimed
             .iter()
-            .find(|(other, read_only, _)| *other == id && !(*read_only && drive.is_read_only));
+            .find(|(other, other_read_only, _)| *other == id && !(*other_read_only && read_only));
         if let Some((_, _, other)) = shared {
             return Err(format!(
-                "{} is drive {other:?} already; only read-only drives can share a file",
-                drive.path_on_host
+                "{source} is drive {other:?} already; only read-only drives can share a file"
             ));
         }
-        self.claimed
-            .push((id, drive.is_read_only, drive.drive_id.clone()));
+        self.claimed.push((id, read_only, drive.to_owned()));
         Ok(())
     }
 

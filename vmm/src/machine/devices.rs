@@ -2,6 +2,7 @@
 use super::guest::Guest;
 use crate::api::{Body, Effect, Fault};
 use crate::backend::disk::FileId;
+use crate::backend::layers::{self, Named};
 use crate::config::{Descriptors, DrivePatch, Expect};
 use crate::metrics::Registry;
 use crate::virtio::balloon::BalloonHandle;
@@ -39,6 +40,14 @@ fn update_drive(guest: &Guest, descriptors: &Descriptors, patch: &DrivePatch) ->
     let Some(drive) = guest.drives.get(id) else {
         return Err(Fault::new(format!("drive_id: there is no drive {id:?}")));
     };
+    if let Some(handle) = &drive.layers {
+        return update_layers(handle, descriptors, patch);
+    }
+    if patch.merged_layers.is_some() {
+        return Err(Fault::new(format!(
+            "merged_layers: drive {id:?} has no layers"
+        )));
+    }
     let Some(path) = &patch.path_on_host else {
         drive.control.rescan();
         return Ok(());
@@ -66,6 +75,27 @@ fn update_drive(guest: &Guest, descriptors: &Descriptors, patch: &DrivePatch) ->
         .control
         .replace(file, &path.to_string())
         .map_err(Fault::from_error)
+}
+
+fn update_layers(
+    handle: &layers::Handle,
+    descriptors: &Descriptors,
+    patch: &DrivePatch,
+) -> Result<(), Fault> {
+    let id = &patch.drive_id;
+    let Some(merged) = &patch.merged_layers else {
+        return Err(Fault::new(format!(
+            "drive {id:?}: a layered drive keeps its size and its files; only merged_layers can be set"
+        )));
+    };
+    let field = format!("drive {id:?}: merged_layers");
+    let file = descriptors
+        .open(&field, &merged.path_on_host, Expect::ReadFile)
+        .map_err(Fault::from_error)?;
+    let name = merged.path_on_host.to_string();
+    handle
+        .replace_lowest(merged.count, Named { file, name })
+        .map_err(|error| Fault::new(format!("{field}: {error}")))
 }
 
 /// Copies what devices count into the metrics; before every line that is written.

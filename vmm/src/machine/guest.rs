@@ -6,8 +6,10 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::backend::layers;
 use crate::kvm::{GuestBus, VcpuError, VcpuThread, Vm};
 use crate::legacy::SerialRegisters;
+use crate::log_warn;
 use crate::memory::GuestRam;
 use crate::memory::discard::{AnonymousPages, GuestPages};
 use crate::memory::template::{TemplatePages, Zeroed};
@@ -27,6 +29,8 @@ pub(super) struct DriveHandle {
     pub(super) control: blk::Control,
     pub(super) stats: Arc<blk::Stats>,
     pub(super) read_only: bool,
+    /// Of a layered drive.
+    pub(super) layers: Option<layers::Handle>,
 }
 
 /// Guest RAM and what it is made of.
@@ -102,6 +106,16 @@ impl Guest {
     pub(super) fn drain_devices(&self) {
         for device in &self.devices {
             lock(&device.transport).drain();
+        }
+    }
+
+    /// Makes what was written to layered drives durable; a raw one has it in the page cache.
+    pub(super) fn close_drives(&self) {
+        for (id, drive) in &self.drives {
+            let closed = drive.layers.as_ref().map_or(Ok(()), layers::Handle::close);
+            if let Err(error) = closed {
+                log_warn!("drive {id:?}: what was not flushed may be lost: {error}");
+            }
         }
     }
 

@@ -7,7 +7,8 @@ use super::assemble::{AssembleError, Builder, Parts, Prepared, Result as Assembl
 use super::guest::{Guest, GuestMemory};
 use crate::arch::x86_64::{cpuid, layout};
 use crate::config::{
-    Descriptors, Discovery, Expect, OpenError, SnapshotLoad, Source, VmConfig, Vsock,
+    Descriptors, Discovery, Drive, DriveOverride, Expect, Format, MAX_LAYERS, OpenError,
+    SnapshotLoad, Source, VmConfig, Vsock,
 };
 use crate::kvm::Vcpu;
 use crate::memory::template;
@@ -33,6 +34,8 @@ pub(super) enum LoadError {
     },
     #[error("drive_overrides: the snapshot has no drive {0:?}")]
     NoDrive(String),
+    #[error("drive_overrides: drive {0:?} has no layers in the snapshot, or more than 8 are named")]
+    Layers(String),
     #[error("vsock_override: the snapshot has no vsock device")]
     NoVsock,
 }
@@ -125,12 +128,12 @@ fn override_config(
     load: &SnapshotLoad,
     own: &VmConfig,
 ) -> Result<(), LoadError> {
-    for (id, source) in &load.drives {
+    for (id, files) in &load.drives {
         let drive = config.drives.iter_mut().find(|d| d.drive_id == *id);
         let Some(drive) = drive else {
             return Err(LoadError::NoDrive(id.clone()));
         };
-        drive.path_on_host.clone_from(source);
+        override_drive(drive, files)?;
     }
     match (&load.vsock, &mut config.vsock) {
         (None, _) => {}
@@ -141,6 +144,19 @@ fn override_config(
     config.console.clone_from(&own.console);
     config.logger.clone_from(&own.logger);
     config.metrics.clone_from(&own.metrics);
+    Ok(())
+}
+
+fn override_drive(drive: &mut Drive, files: &DriveOverride) -> Result<(), LoadError> {
+    if !files.layers.is_empty() {
+        if drive.format != Format::Layers || files.layers.len() > MAX_LAYERS {
+            return Err(LoadError::Layers(drive.drive_id.clone()));
+        }
+        drive.layers.clone_from(&files.layers);
+    }
+    if let Some(source) = &files.path_on_host {
+        drive.path_on_host.clone_from(source);
+    }
     Ok(())
 }
 

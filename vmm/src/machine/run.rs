@@ -355,7 +355,11 @@ impl Machine {
             Effect::Start => self.start()?,
             Effect::Pause => self.pause()?,
             Effect::Resume => self.resume(),
-            Effect::CreateSnapshot(create) => self.create_snapshot(create)?,
+            Effect::CreateSnapshot(create) => {
+                let created = self.create_snapshot(create);
+                self.note_layers();
+                created?;
+            }
             Effect::LoadSnapshot(load) => self.load_snapshot(load)?,
             Effect::FlushMetrics => self.write_metrics().map_err(Fault::from_error)?,
             Effect::SendCtrlAltDel => return Err(no_keyboard()),
@@ -371,7 +375,20 @@ impl Machine {
         let Some(guest) = &self.guest else {
             return Err(Fault::new("the guest has not been started"));
         };
-        super::devices::carry_out(guest, self.configurator.descriptors(), effect)
+        let body = super::devices::carry_out(guest, self.configurator.descriptors(), effect)?;
+        self.note_layers();
+        Ok(body)
+    }
+
+    /// Drives may have other layers now, some of them even if a snapshot failed.
+    fn note_layers(&mut self) {
+        let drives = self.guest.iter().flat_map(|guest| &guest.drives);
+        for (id, drive) in drives {
+            if let Some(layers) = &drive.layers {
+                self.configurator.layers_are(id, layers.names());
+            }
+        }
+        self.publish();
     }
 
     fn prepare(&self, vcpu_count: u8) -> Result<Prepared, Fault> {
@@ -564,6 +581,7 @@ impl Machine {
             // vCPUs may still run; what they do no longer matters, but what they were told
             // is on disk must be.
             guest.drain_devices();
+            guest.close_drives();
             if matches!(ending, Ending::Panicked | Ending::TripleFault) {
                 log_warn!("the guest's last words on its console:");
                 for line in guest.console.tail_text(PANIC_LINES, PANIC_BYTES).lines() {

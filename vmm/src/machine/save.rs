@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use super::guest::{Guest, PAUSE_WITHIN};
 use crate::backend::aside::Aside;
+use crate::backend::layers::{self, LayersError, Named, NextLayer};
 use crate::config::{
     Descriptors, Expect, OpenError, SnapshotCreate, SnapshotType, Source, VmConfig,
 };
@@ -23,6 +24,10 @@ pub(super) enum SaveError {
     Format(#[from] FormatError),
     #[error(transparent)]
     Open(#[from] OpenError),
+    #[error("next_layers: there is no drive {0:?} with layers")]
+    NoLayers(String),
+    #[error("next_layers: drive {id:?}: {source}")]
+    Layers { id: String, source: LayersError },
     #[error("{field}: {path} cannot be written: {source}; what was there before is untouched")]
     Write {
         field: &'static str,
@@ -57,6 +62,7 @@ pub(super) fn create(
     create: &SnapshotCreate,
 ) -> Result<(), SaveError> {
     let started = Instant::now();
+    let next = next_layers(guest, descriptors, create)?;
     let state = snapshot::encode(&save(guest, config)?)?;
     let state_file = place("snapshot_path", &create.snapshot_path, descriptors)?;
     let ram_file = place("mem_file_path", &create.mem_file_path, descriptors)?;
@@ -84,6 +90,12 @@ pub(super) fn create(
     out.write_all(&state).map_err(state_failed())?;
     ram_file.sync().map_err(ram_failed())?;
     state_file.sync().map_err(state_failed())?;
+    // The guest has stood still all the time: this is the same instant.
+    for (id, handle, layer) in next {
+        handle
+            .freeze(layer)
+            .map_err(|source| SaveError::Layers { id, source })?;
+    }
     // The state last: where it is, RAM is.
     ram_file.commit().map_err(ram_failed())?;
     state_file.commit().map_err(state_failed())?;
@@ -94,6 +106,30 @@ pub(super) fn create(
         started.elapsed().as_micros()
     );
     Ok(())
+}
+
+/// Opens what will be written after the snapshot, before anything has changed.
+fn next_layers(
+    guest: &Guest,
+    descriptors: &Descriptors,
+    create: &SnapshotCreate,
+) -> Result<Vec<(String, layers::Handle, NextLayer)>, SaveError> {
+    let mut next = Vec::new();
+    for (id, source) in &create.next_layers {
+        let handle = guest.drives.get(id).and_then(|drive| drive.layers.as_ref());
+        let handle = handle.ok_or_else(|| SaveError::NoLayers(id.clone()))?;
+        let field = format!("next_layers: {id}");
+        let file = descriptors.open(&field, source, Expect::WriteDisk)?;
+        let name = source.to_string();
+        let layer = handle
+            .next(Named { file, name })
+            .map_err(|source| SaveError::Layers {
+                id: id.clone(),
+                source,
+            })?;
+        next.push((id.clone(), handle.clone(), layer));
+    }
+    Ok(next)
 }
 
 fn place(

@@ -7,6 +7,7 @@
     clippy::indexing_slicing
 )]
 
+mod layers;
 mod process;
 
 use std::fs::{self, File};

@@ -1,7 +1,7 @@
 //! `/snapshot/create` and `/snapshot/load`: when they are allowed.
 use super::{Configurator, Effect, Outcome, Phase};
 use crate::api::Fault;
-use crate::config::{MachineConfig, SnapshotCreate, SnapshotLoad, VmConfig};
+use crate::config::{Format, MachineConfig, SnapshotCreate, SnapshotLoad, VmConfig};
 
 impl Configurator {
     pub(super) fn create_snapshot(&self, create: SnapshotCreate) -> Outcome {
@@ -18,6 +18,16 @@ impl Configurator {
         }
         self.check_source("snapshot_path", Some(&create.snapshot_path))?;
         self.check_source("mem_file_path", Some(&create.mem_file_path))?;
+        for (id, source) in &create.next_layers {
+            self.check_source("next_layers", Some(source))?;
+            let drive = self.config.drives.iter().find(|d| d.drive_id == *id);
+            let writable = drive.is_some_and(|d| d.format == Format::Layers && !d.is_read_only);
+            if !writable {
+                return Err(Fault::new(format!(
+                    "next_layers: there is no writable drive {id:?} with format \"layers\""
+                )));
+            }
+        }
         Ok(Effect::CreateSnapshot(create))
     }
 

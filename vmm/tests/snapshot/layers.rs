@@ -1,0 +1,144 @@
+//! Layered drives: what a snapshot freezes, what clones write to, what can be merged under a guest.
+use std::fs::{self, File};
+use std::path::Path;
+
+use belljar_layers::{Stack, View, merge};
+
+use super::process::{Vmm, has_kvm};
+use super::{PAUSE, RESUME, kernel, wait_for};
+
+const SIZE: u64 = 1 << 20;
+
+fn open(dir: &Path, name: &str) -> (File, String) {
+    let mut options = File::options();
+    let file = options.read(true).write(true).open(dir.join(name));
+    (file.unwrap(), name.to_owned())
+}
+
+fn stack(dir: &Path, layers: &[&str]) -> Stack<File> {
+    let (base, _) = open(dir, "base");
+    let layers = layers.iter().map(|name| open(dir, name)).collect();
+    Stack::open((base, "base"), layers, true).unwrap()
+}
+
+fn empty(dir: &Path, name: &str) {
+    File::create(dir.join(name)).unwrap();
+}
+
+/// The layers of the one drive, as the VMM tells them.
+fn layers(vmm: &Vmm) -> String {
+    let config = vmm.call("GET", "/vm/config", "").body;
+    let found = config.split_once(r#""layers":"#);
+    let (_, rest) = found.unwrap_or_else(|| panic!("no layers: {config}"));
+    rest.split_once(']').unwrap().0.to_owned() + "]"
+}
+
+fn create(next: &str, state: &str) -> String {
+    format!(
+        r#"{{"snapshot_path": "{state}", "mem_file_path": "{state}.ram", "next_layers": {{"disk": "{next}"}}}}"#
+    )
+}
+
+fn load(state: &str, layers: &str) -> String {
+    format!(
+        r#"{{"snapshot_path": "{state}", "mem_backend": {{"backend_type": "File", "backend_path": "{state}.ram"}},
+            "resume_vm": true, "drive_overrides": [{{"drive_id": "disk", "layers": [{layers}]}}]}}"#
+    )
+}
+
+#[test]
+fn a_snapshot_freezes_a_layer_and_clones_have_their_own() {
+    if !has_kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    File::create(dir.join("base"))
+        .unwrap()
+        .set_len(SIZE)
+        .unwrap();
+    for name in ["one", "two", "three", "clone"] {
+        empty(dir, name);
+    }
+    // What a guest would have written before.
+    let mut disk = stack(dir, &["one"]);
+    disk.write(&[1; 4096], 4096).unwrap();
+    disk.close().unwrap();
+    drop(disk);
+
+    fs::write(dir.join("kernel"), kernel()).unwrap();
+    let vmm = Vmm::start(dir, &[]);
+    vmm.put(
+        "/machine-config",
+        r#"{"vcpu_count": 1, "mem_size_mib": 64}"#,
+    );
+    vmm.put("/boot-source", r#"{"kernel_image_path": "kernel"}"#);
+    vmm.put(
+        "/drives/disk",
+        r#"{"drive_id": "disk", "path_on_host": "base", "is_root_device": false,
+            "format": "layers", "layers": ["one"], "io_engine": "Async"}"#,
+    );
+    vmm.put("/serial", r#"{"serial_out_path": "out"}"#);
+    vmm.put("/actions", r#"{"action_type": "InstanceStart"}"#);
+    wait_for(&dir.join("out"), 100);
+    vmm.patch(PAUSE);
+
+    // A next layer that cannot be, or for a drive that is not there, changes nothing.
+    let refused = |body: &str, says: &str| {
+        let answer = vmm.call("PUT", "/snapshot/create", body);
+        assert!(answer.refused().contains(says), "{answer:?}: {says}");
+    };
+    refused(&create("base", "s"), "in use");
+    refused(&create("kernel", "s"), "no usable disk layer");
+    refused(&create("missing", "s"), "missing");
+    refused(&create("one", "s"), "one");
+    refused(&create("two", "s").replace("disk", "other"), "other");
+    assert!(!dir.join("s").exists());
+    assert_eq!(layers(&vmm), r#"["one"]"#);
+
+    vmm.put("/snapshot/create", &create("two", "first"));
+    assert_eq!(layers(&vmm), r#"["one","two"]"#);
+    vmm.put("/snapshot/create", &create("three", "second"));
+    assert_eq!(layers(&vmm), r#"["one","two","three"]"#);
+    vmm.patch(RESUME);
+
+    // Without a layer of its own a restored guest is refused, and the same call can be made again.
+    let clone = Vmm::start(dir, &[]);
+    let without = load("first", r#""one""#);
+    let answer = clone.call("PUT", "/snapshot/load", &without);
+    assert!(answer.refused().contains("in use"), "{answer:?}");
+    let answer = clone.call("PUT", "/snapshot/load", &load("first", r#""one", "three""#));
+    assert!(answer.refused().contains("in use"), "{answer:?}");
+    clone.put("/snapshot/load", &load("first", r#""one", "clone""#));
+    assert_eq!(layers(&clone), r#"["one","clone"]"#);
+
+    // Two layers become one under the running guest.
+    let view = View::open(vec![open(dir, "one"), open(dir, "two")]).unwrap();
+    empty(dir, "merged");
+    merge(&view, open(dir, "merged").0, "merged", &mut |_| Ok(())).unwrap();
+    let merged = |count: u32, path: &str| {
+        let merged = format!(r#"{{"count": {count}, "path_on_host": "{path}"}}"#);
+        format!(r#"{{"drive_id": "disk", "merged_layers": {merged}}}"#)
+    };
+    let answer = vmm.call("PATCH", "/drives/disk", &merged(1, "merged"));
+    assert!(answer.refused().contains("same clusters"), "{answer:?}");
+    vmm.patch(("/drives/disk", &merged(2, "merged")));
+    assert_eq!(layers(&vmm), r#"["merged","three"]"#);
+    let other = r#"{"drive_id": "disk", "path_on_host": "base"}"#;
+    let answer = vmm.call("PATCH", "/drives/disk", other);
+    assert!(answer.refused().contains("merged_layers"), "{answer:?}");
+    wait_for(&dir.join("out"), 100);
+    vmm.kill();
+    clone.kill();
+    // Also when nobody else has it open.
+    let again = Vmm::start(dir, &[]);
+    let answer = again.call("PUT", "/snapshot/load", &without);
+    assert!(answer.refused().contains("it is frozen"), "{answer:?}");
+    again.kill();
+
+    let mut bytes = [0; 4096];
+    stack(dir, &["merged", "three"])
+        .read(&mut bytes, 4096)
+        .unwrap();
+    assert_eq!(bytes, [1; 4096]);
+}
