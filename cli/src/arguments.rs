@@ -43,6 +43,7 @@ pub(crate) enum Verb {
     Snapshots(verbs::snapshot::ListArgs),
     Restore(verbs::restore::Args),
     Fork(verbs::restore::ForkArgs),
+    Reset(verbs::restore::ResetArgs),
     Store(verbs::store::Args),
     Exec(Box<verbs::exec::Args>),
     Shell(verbs::shell::Args),
@@ -89,6 +90,7 @@ impl Verb {
             Self::Snapshots(args) => verbs::snapshot::snapshots(args),
             Self::Restore(args) => verbs::restore::restore(args, begin),
             Self::Fork(args) => verbs::restore::fork(args),
+            Self::Reset(args) => verbs::restore::reset(args, begin),
             Self::Store(args) => verbs::store::store(args),
             Self::Exec(args) => verbs::exec::exec(args),
             Self::Shell(args) => verbs::shell::shell(args),
@@ -125,7 +127,7 @@ pub(crate) const GROUPS: [(&str, &[&str]); 6] = [
     ),
     (
         "Snapshots",
-        &["snapshot", "snapshots", "restore", "fork", "store"],
+        &["snapshot", "snapshots", "restore", "fork", "reset", "store"],
     ),
     (
         "Commands and terminals",

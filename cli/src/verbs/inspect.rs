@@ -3,23 +3,28 @@
 use std::os::unix::fs::MetadataExt;
 
 use belljar_node::accounting;
-use belljar_node::registry::Found;
-use belljar_node::state;
+use belljar_node::registry::{self, FindError, Found};
+use belljar_node::snapshots::{self, KeeperError, Stores, keeper};
+use belljar_node::state::{self, StateRoot};
 use serde_json::{Value, json};
 
 use crate::failure::{Failure, status_of};
-use crate::options;
+use crate::options::KeeperOptions;
 use crate::output;
+use crate::verbs::snapshot;
 
-/// Print all that the host knows about sandboxes, as JSON
+/// Print all that the host knows about sandboxes or snapshots, as JSON
 ///
-/// Configuration, state, processes, sockets, logs, the stages of the last boot, how it ended, and the CPU
+/// Of a snapshot: what is in it, what it needs, and whether it can be restored here. Of a sandbox: configuration, state, processes, sockets, logs, the stages of the last boot, how it ended, and the CPU
 /// time of the virtual processors by the host's own count.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Ids or names of sandboxes, or the beginnings of either
-    #[arg(required = true, value_name = "BOX")]
+    /// Ids, names or tags, or the beginnings of ids; a sandbox is meant rather than a snapshot
+    #[arg(required = true, value_name = "BOX|SNAPSHOT")]
     sandboxes: Vec<String>,
+
+    #[command(flatten)]
+    keeper: KeeperOptions,
 }
 
 /// Returns the exit status.
@@ -31,10 +36,65 @@ fn print_all(args: &Args) -> Result<u8, Failure> {
     let all = args
         .sandboxes
         .iter()
-        .map(|word| describe(&options::find(word)?))
+        .map(|word| describe_any(word, args))
         .collect::<Result<Vec<Value>, Failure>>()?;
     output::print_json(&all);
     Ok(0)
+}
+
+/// A sandbox, else a snapshot of that name.
+fn describe_any(word: &str, args: &Args) -> Result<Value, Failure> {
+    let root = StateRoot::locate()?;
+    let unknown = match registry::find(&root, word) {
+        Ok(found) => return describe(&found),
+        Err(unknown @ FindError::Unknown { .. }) => unknown,
+        Err(other) => return Err(other.into()),
+    };
+    // No keeper is started for a mistyped name where there never was a snapshot.
+    if !root.keeper_dir().exists() {
+        return Err(unknown.into());
+    }
+    match Stores::connect(&args.keeper.keeper(&root))?.describe(word) {
+        Ok(description) => Ok(describe_snapshot(&description)),
+        Err(KeeperError::Refused {
+            code: keeper::error::Code::NoSnapshot,
+            ..
+        }) => Err(Failure::with_remedy(
+            format!("there is no sandbox and no snapshot '{word}'"),
+            "'belljar ls -a' lists all sandboxes, 'belljar snapshots' all snapshots",
+        )),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn describe_snapshot(of: &keeper::Description) -> Value {
+    let mut all = of.snapshot.as_ref().map_or(json!({}), snapshot::summary);
+    let sandbox: Option<Value> = serde_json::from_slice(&of.sandbox).ok();
+    let fitness = snapshots::check(of).err();
+    all["kind"] = "snapshot".into();
+    all["contents"] = of
+        .images
+        .iter()
+        .map(|image| {
+            json!({
+                "name": image.name, "kind": image.kind, "bytes": image.length,
+                "data_bytes": image.data_bytes, "extents": image.extents,
+            })
+        })
+        .collect();
+    all["needs"] = json!({
+        "architecture": of.architecture,
+        "cpu_baseline": of.cpu_baseline,
+        "memory": of.memory_bytes,
+        "cpus": of.vcpus,
+        "base_images": of.base_images,
+        "other": of.requirements,
+    });
+    all["sandbox"] = json!(sandbox);
+    all["restorable"] = fitness.is_none().into();
+    all["why_not"] = json!(fitness.map(|error| error.to_string()));
+    all["template"] = of.has_template.into();
+    all
 }
 
 fn describe(found: &Found) -> Result<Value, Failure> {
@@ -53,6 +113,7 @@ fn describe(found: &Found) -> Result<Value, Failure> {
         "config": listed.spec,
         "dir": found.dir().path(),
         "owner": found.owner(),
+        "origin": record(state::ORIGIN),
         "boot": record(state::BOOT),
         "ended": record(state::ENDED),
         "sockets": {

@@ -1,4 +1,4 @@
-//! `belljar restore` and `belljar fork`.
+//! `belljar restore`, `belljar reset` and `belljar fork`.
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use belljar_node::process::SIGNALS;
 use belljar_node::sandbox::{Limits, Sandbox};
-use belljar_node::snapshots::{self, Fork, NewClone, Source};
+use belljar_node::snapshots::{self, Fork, Host, NewClone, Source};
 use belljar_node::stages::Stages;
 use belljar_node::state::StateRoot;
 use belljar_node::state::spec::Life;
@@ -122,11 +122,80 @@ impl From<'_> {
         } else {
             "template filled"
         });
-        let programs = self.machine.programs();
-        Ok(snapshots::restore(
-            &root, &programs, &source, clone, &assets, limits, stages,
-        )?)
+        let host = Host {
+            root: &root,
+            programs: &self.machine.programs(),
+            assets: &assets,
+            limits,
+        };
+        Ok(snapshots::restore(host, &source, clone, stages)?)
     }
+}
+
+/// Take a sandbox back to a snapshot: what it has done since is lost
+///
+/// Name and id stay; guest and disk are the snapshot's. Prints the sandbox's id.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  belljar reset box                          to the snapshot that it was restored from
+  belljar reset box ready")]
+pub(crate) struct ResetArgs {
+    /// Id or name of the sandbox, or the beginning of either
+    #[arg(value_name = "BOX")]
+    sandbox: String,
+
+    /// Tag or id of the snapshot, or the beginning of the id [default: the one it was restored from]
+    #[arg(value_name = "SNAPSHOT")]
+    snapshot: Option<String>,
+
+    /// Root file system, if it is not where it was
+    #[arg(long, value_name = "FILE")]
+    image: Option<PathBuf>,
+
+    /// Print what it took, by stages, on standard error
+    #[arg(short = 'v', long)]
+    stages: bool,
+
+    #[command(flatten)]
+    machine: MachineOptions,
+
+    #[command(flatten)]
+    boot: BootOptions,
+
+    #[command(flatten)]
+    keeper: KeeperOptions,
+}
+
+/// Returns the exit status.
+pub(crate) fn reset(args: &ResetArgs, begin: Instant) -> u8 {
+    let mut stages = Stages::new(begin);
+    let status = status_of(go_back(args, &mut stages));
+    if args.stages {
+        report::stages(&stages);
+    }
+    status
+}
+
+fn go_back(args: &ResetArgs, stages: &mut Stages) -> Result<u8, Failure> {
+    let root = StateRoot::locate()?;
+    let found = options::find(&args.sandbox)?;
+    let host = Host {
+        root: &root,
+        programs: &args.machine.programs(),
+        assets: &args.machine.assets()?,
+        // Half a reset would be worse than a whole one: it is not interrupted.
+        limits: Limits {
+            boot: args.boot.limit(),
+            cancel: None,
+        },
+    };
+    let keeper = args.keeper.keeper(&root);
+    let (snapshot, image) = (args.snapshot.as_deref(), args.image.clone());
+    let sandbox = snapshots::reset(host, &keeper, &found, snapshot, image, stages)?;
+    let dir = sandbox.release()?;
+    output::print(&format!("{}\n", dir.id()));
+    Ok(0)
 }
 
 /// Make clones of a running or paused sandbox, which stands still for a moment
@@ -183,16 +252,16 @@ fn make_clones(args: &ForkArgs) -> Result<u8, Failure> {
         name: args.name.clone(),
         labels: values::labels(&args.label),
     };
-    let forked = snapshots::fork(
-        &root,
-        &args.machine.programs(),
-        &assets,
-        &args.keeper.keeper(&root),
-        &found,
-        &fork,
+    let host = Host {
+        root: &root,
+        programs: &args.machine.programs(),
+        assets: &assets,
         limits,
-        |id| output::print(&format!("{id}\n")),
-    )?;
+    };
+    let keeper = args.keeper.keeper(&root);
+    let forked = snapshots::fork(host, &keeper, &found, &fork, |id| {
+        output::print(&format!("{id}\n"));
+    })?;
     report::aside(&format!(
         "its programs stood still for {} ms, its processors for {} ms",
         forked.frozen.as_millis(),

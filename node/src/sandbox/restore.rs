@@ -8,12 +8,11 @@ use belljar_protocol::client::system::Adoption;
 use belljar_protocol::{AGENT_PORT, GENERATION, v1};
 use serde_json::json;
 
-use super::create::create_with;
 use super::{BootError, BootRecord, Limits, Programs, Sandbox, plan};
-use crate::snapshots::{NewClone, Origin, Source};
+use crate::snapshots::{Origin, Source};
 use crate::stages::Stages;
 use crate::state::spec::SandboxSpec;
-use crate::state::{self, SandboxDir, StateError, StateRoot};
+use crate::state::{self, SandboxDir, StateError};
 use crate::{disk, supervisor, vmm};
 
 /// Programs go on within this time after the agent has taken over.
@@ -22,15 +21,16 @@ const THAW_LIMIT: Duration = Duration::from_secs(30);
 const SEED: usize = 64;
 
 impl Sandbox {
-    /// Makes a sandbox from a saved machine, and returns when its agent has taken over and its programs run.
+    /// Starts a sandbox from a saved machine, and returns when its agent has taken over and its programs run. Its
+    /// directory was filled by [`Source::fill`]; `lock` is its lock.
     ///
     /// # Errors
-    /// Where it ended early. Nothing is left behind then.
-    pub fn restore(
-        root: &StateRoot,
+    /// Where it ended early. A sandbox that is not persistent is removed then.
+    pub(crate) fn restore(
+        dir: &SandboxDir,
+        lock: File,
         programs: &Programs,
         source: &Source,
-        clone: &NewClone,
         limits: Limits<'_>,
         stages: &mut Stages,
     ) -> Result<Self, BootError> {
@@ -38,26 +38,13 @@ impl Sandbox {
             return Err(BootError::NoVmm(programs.vmm.clone()));
         }
         let deadline = Instant::now() + limits.boot;
-        let spec = source.spec(clone);
-        let (dir, lock) = create_with(root, &spec, |dir| source.fill(dir))?;
-        stages.mark("prepared");
-        let life = spec.life;
-        let mut sandbox = match Self::spawn(programs, dir.clone(), lock, life) {
-            Ok(sandbox) => sandbox,
-            Err(error) => {
-                let _ = dir.remove();
-                return Err(error);
-            }
-        };
-        let loaded = sandbox
-            .load(&spec, source, limits, deadline, stages)
-            .and_then(|()| sandbox.take_over(&spec, limits, deadline, stages));
-        if let Err(error) = loaded {
-            let _ = sandbox.tear_down();
-            // A persistent one that never came up is not kept either.
-            let _ = dir.remove();
-            return Err(error);
-        }
+        let spec: SandboxSpec = dir
+            .read_record(state::CONFIG)?
+            .ok_or_else(|| BootError::Invalid(format!("sandbox {} is not complete", dir.id())))?;
+        let mut sandbox = Self::spawn(programs, dir.clone(), lock, spec.life)?;
+        // Dropping it tears it down.
+        sandbox.load(&spec, source, limits, deadline, stages)?;
+        sandbox.take_over(&spec, limits, deadline, stages)?;
         BootRecord::new(&sandbox.ready, stages).write(&sandbox.dir)?;
         Ok(sandbox)
     }
@@ -194,11 +181,19 @@ impl Source {
             move |source| BootError::State(StateError::Io { what, path, source })
         };
         if let Some(shared) = &self.disk {
+            // A disk that was there before is replaced, never changed.
+            let path = dir.file(state::DISK);
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(failed("remove")(error));
+                }
+                _ => {}
+            }
             let own = File::options()
                 .read(true)
                 .write(true)
                 .create_new(true)
-                .open(dir.file(state::DISK))
+                .open(&path)
                 .map_err(failed("make"))?;
             let shared = opened_anew(shared).map_err(failed("copy the snapshot's disk to"))?;
             disk::copy_into(shared, own).map_err(failed("copy the snapshot's disk to"))?;

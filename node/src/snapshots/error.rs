@@ -35,6 +35,10 @@ pub enum SnapshotError {
         doing: &'static str,
         source: io::Error,
     },
+    #[error("sandbox {0} belongs to a command that runs")]
+    Owned(String),
+    #[error("sandbox {0} does not come from a snapshot")]
+    NoOrigin(String),
     #[error("somebody else is taking a snapshot of sandbox {0}")]
     Busy(String),
     #[error(
@@ -73,6 +77,8 @@ impl SnapshotError {
             Self::Api { id, .. } => return Some(format!("'belljar debug log {id}' tells more")),
             Self::Io { .. } => "check the space below the state directory (BELLJAR_STATE)",
             Self::Busy(_) => "try again",
+            Self::Owned(_) => "'belljar restore' makes another one from a snapshot",
+            Self::NoOrigin(_) => "name a snapshot; 'belljar snapshots' lists them",
             Self::WritableDrive { .. } => {
                 "give it read-only (--drive PATH:ro), or copy what is needed to the sandbox's own disk"
             }

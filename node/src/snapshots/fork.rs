@@ -1,19 +1,21 @@
 //! Clones of a sandbox that is up: it stands still once, and all of them share one template.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use belljar_keeper::client::Keeper;
 
 use super::SnapshotError;
 use super::capture::take;
-use super::restore::{NewClone, Source, restore};
-use crate::assets::Assets;
+use super::restore::{Host, NewClone, Source, restore};
 use crate::registry::Found;
-use crate::sandbox::{Limits, Programs};
 use crate::stages::Stages;
-use crate::state::StateRoot;
 use crate::state::spec::Life;
+
+/// Clones that are made at the same time, for each of the host's processors.
+const AT_ONCE: usize = 2;
 
 /// The clones that are wanted.
 #[derive(Debug, Clone)]
@@ -28,33 +30,27 @@ pub struct Fork {
 /// What became of a fork.
 #[derive(Debug, Clone, Default)]
 pub struct Forked {
+    /// In the order in which they came up.
     pub ids: Vec<String>,
     /// How long the parent's programs stood still, and its processors.
     pub frozen: Duration,
     pub paused: Duration,
 }
 
-/// Makes clones. `made` is told each one's id.
+/// Makes clones, several at a time. `made` is told each one's id.
 ///
 /// # Errors
-/// The first that could not be made; those before it run.
+/// The first that could not be made; no further ones are begun then, and those that came up run.
 pub fn fork(
-    root: &StateRoot,
-    programs: &Programs,
-    assets: &Assets,
+    host: Host<'_>,
     keeper: &Keeper,
     found: &Found,
     fork: &Fork,
-    limits: Limits<'_>,
-    mut made: impl FnMut(&str),
+    made: impl FnMut(&str) + Send,
 ) -> Result<Forked, SnapshotError> {
     let mut client = keeper.connect()?;
     let image = take(found, &mut client, false)?;
-    let mut forked = Forked {
-        ids: Vec::new(),
-        frozen: image.frozen,
-        paused: image.paused,
-    };
+    let (frozen, paused) = (image.frozen, image.paused);
     let source = Source {
         saved: image.saved,
         snapshot: None,
@@ -63,25 +59,74 @@ pub fn fork(
         base_images: BTreeMap::new(),
         hot: true,
     };
-    for number in 1..=fork.count {
-        let name = fork.name.as_ref().map(|name| match fork.count {
-            1 => name.clone(),
-            _ => format!("{name}-{number}"),
-        });
-        let clone = NewClone {
-            life: if name.is_some() {
-                Life::Persistent
-            } else {
-                Life::Detached
-            },
-            name,
-            labels: fork.labels.clone(),
-        };
-        let mut stages = Stages::new(std::time::Instant::now());
-        let sandbox = restore(root, programs, &source, &clone, assets, limits, &mut stages)?;
-        let dir = sandbox.release()?;
-        made(dir.id());
-        forked.ids.push(dir.id().to_owned());
+    let next = AtomicU32::new(1);
+    let outcome = Mutex::new((made, Vec::new(), None));
+    let work = || {
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if number > fork.count {
+                return;
+            }
+            let one = make_one(host, &source, fork, number);
+            let mut outcome = outcome
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
+            let (made, ids, failed) = &mut *outcome;
+            match one {
+                Ok(id) => {
+                    made(&id);
+                    ids.push(id);
+                }
+                Err(error) => {
+                    next.store(fork.count.saturating_add(1), Ordering::Relaxed);
+                    failed.get_or_insert(error);
+                }
+            }
+        }
+    };
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = processors
+        .saturating_mul(AT_ONCE)
+        .min(usize::try_from(fork.count).unwrap_or(1));
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(work);
+        }
+        work();
+    });
+    let (_, ids, failed) = outcome
+        .into_inner()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    match failed {
+        Some(error) => Err(error),
+        None => Ok(Forked {
+            ids,
+            frozen,
+            paused,
+        }),
     }
-    Ok(forked)
+}
+
+fn make_one(
+    host: Host<'_>,
+    source: &Source,
+    fork: &Fork,
+    number: u32,
+) -> Result<String, SnapshotError> {
+    let name = fork.name.as_ref().map(|name| match fork.count {
+        1 => name.clone(),
+        _ => format!("{name}-{number}"),
+    });
+    let clone = NewClone {
+        life: if name.is_some() {
+            Life::Persistent
+        } else {
+            Life::Detached
+        },
+        name,
+        labels: fork.labels.clone(),
+    };
+    let mut stages = Stages::new(Instant::now());
+    let sandbox = restore(host, source, &clone, &mut stages)?;
+    Ok(sandbox.release()?.id().to_owned())
 }

@@ -4,6 +4,7 @@
 mod capture;
 mod error;
 mod fork;
+mod reset;
 mod restore;
 mod saved;
 mod store;
@@ -17,7 +18,8 @@ pub use belljar_keeper::v1 as keeper;
 pub use capture::{Capture, Captured, capture};
 pub use error::SnapshotError;
 pub use fork::{Fork, Forked, fork};
-pub use restore::{NewClone, Source, restore};
+pub use reset::reset;
+pub use restore::{Host, NewClone, Source, check, restore};
 pub use saved::{Origin, Saved};
 pub use store::{Stores, live};
 

@@ -12,8 +12,8 @@ use crate::assets::Assets;
 use crate::cpu;
 use crate::sandbox::{Limits, Programs, Sandbox, create_with};
 use crate::stages::Stages;
-use crate::state::StateRoot;
 use crate::state::spec::{Life, SandboxSpec, now_ms};
+use crate::state::{SandboxDir, StateRoot};
 
 /// What every VMM needs beside the guest's memory, about.
 const VMM_BYTES: u64 = 32 << 20;
@@ -128,8 +128,11 @@ fn candidates(saved: &Saved, assets: &Assets, image: Option<PathBuf>) -> Vec<kee
     images.map(|path| of("image", path)).chain(drives).collect()
 }
 
-/// Whether this machine can restore it: told before anything is made.
-fn check(description: &keeper::Description) -> Result<Saved, SnapshotError> {
+/// Whether this machine can restore it: told before anything is made. Base images are the keeper's to check.
+///
+/// # Errors
+/// Why it cannot.
+pub fn check(description: &keeper::Description) -> Result<Saved, SnapshotError> {
     let id = id_of(description);
     let unfit = |why: String, remedy: &str| SnapshotError::Unfit {
         id: id.clone(),
@@ -204,28 +207,49 @@ fn check_memory(
     Ok(())
 }
 
+/// Where sandboxes are made, and from what.
+#[derive(Debug, Clone, Copy)]
+pub struct Host<'a> {
+    pub root: &'a StateRoot,
+    pub programs: &'a Programs,
+    pub assets: &'a Assets,
+    pub limits: Limits<'a>,
+}
+
 /// Makes a sandbox from what was saved, and returns when its agent has taken over.
 ///
 /// # Errors
 /// Where it ended early. Nothing is left behind then.
 pub fn restore(
-    root: &StateRoot,
-    programs: &Programs,
+    host: Host<'_>,
     source: &Source,
     clone: &NewClone,
-    assets: &Assets,
-    limits: Limits<'_>,
     stages: &mut Stages,
 ) -> Result<Sandbox, SnapshotError> {
-    if source.machine.is_some() {
-        return Ok(Sandbox::restore(
-            root, programs, source, clone, limits, stages,
-        )?);
-    }
-    // Only the disk was saved: the guest is booted.
     let spec = source.spec(clone);
-    let (dir, lock) = create_with(root, &spec, |dir| source.fill(dir))?;
-    Ok(Sandbox::start(
-        &dir, lock, programs, assets, limits, stages,
-    )?)
+    let (dir, lock) = create_with(host.root, &spec, |dir| source.fill(dir))?;
+    stages.mark("prepared");
+    let restored = bring_up(host, source, &dir, lock, stages);
+    if restored.is_err() {
+        // One that never came up is not kept, even with a name.
+        let _ = dir.remove();
+    }
+    restored
+}
+
+/// Starts a sandbox whose directory holds what it needs.
+pub(super) fn bring_up(
+    host: Host<'_>,
+    source: &Source,
+    dir: &SandboxDir,
+    lock: File,
+    stages: &mut Stages,
+) -> Result<Sandbox, SnapshotError> {
+    let (programs, limits) = (host.programs, host.limits);
+    Ok(if source.machine.is_some() {
+        Sandbox::restore(dir, lock, programs, source, limits, stages)?
+    } else {
+        // Only the disk was saved: the guest is booted.
+        Sandbox::start(dir, lock, programs, host.assets, limits, stages)?
+    })
 }

@@ -140,6 +140,8 @@ impl User {
             .env_remove("BELLJAR_VMM")
             // A machine that does other things as well is no failure.
             .env("BELLJAR_BOOT_TIMEOUT", "150s")
+            // A keeper that nobody needs leaves soon.
+            .env("BELLJAR_KEEPER_IDLE_MS", "1000")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());

@@ -15,6 +15,7 @@ mod lifecycle;
 mod overload;
 mod processes;
 mod run;
+mod snapshots;
 mod system;
 mod terminals;
 mod watch_ports;

@@ -1,0 +1,74 @@
+//! A sandbox goes back to a snapshot: name, id and directory stay, guest and disk are the snapshot's.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use belljar_keeper::client::Keeper;
+
+use super::restore::{Host, NewClone, Source, bring_up};
+use super::{Origin, SnapshotError};
+use crate::lifecycle::{self, LifeError, Stop};
+use crate::registry::Found;
+use crate::sandbox::Sandbox;
+use crate::stages::Stages;
+use crate::state;
+use crate::state::spec::Life;
+
+/// A supervisor writes down an end and leaves within this time.
+const LOCK_LIMIT: Duration = Duration::from_secs(15);
+
+/// Resets a sandbox to a snapshot; `None`: the one that it was restored from. What it has done since is lost.
+///
+/// # Errors
+/// It belongs to a running command, there is no such snapshot, or it cannot be restored here: then it is as
+/// before. If it fails later, the sandbox stays, stopped.
+pub fn reset(
+    host: Host<'_>,
+    keeper: &Keeper,
+    found: &Found,
+    snapshot: Option<&str>,
+    image: Option<PathBuf>,
+    stages: &mut Stages,
+) -> Result<Sandbox, SnapshotError> {
+    let id = found.called();
+    let spec = found.spec()?;
+    let Some(spec) = spec.filter(|spec| spec.life != Life::Owned) else {
+        return Err(SnapshotError::Owned(id));
+    };
+    let origin = Origin::of(found)?;
+    let Some(snapshot) = snapshot.or(origin.snapshot.as_deref()) else {
+        return Err(SnapshotError::NoOrigin(id));
+    };
+    // All that can be refused is, before anything is lost.
+    let source = Source::open(keeper, snapshot, host.assets, image)?;
+    stages.mark("template");
+    let clone = NewClone {
+        name: spec.name.clone(),
+        labels: spec.labels.clone(),
+        life: spec.life,
+    };
+    let dir = found.dir();
+    // While nobody runs it, it must not go away.
+    let mut kept = spec.clone();
+    kept.life = Life::Persistent;
+    dir.write_record_durably(state::CONFIG, &kept)?;
+    if found.state().vmm().is_some() {
+        lifecycle::stop(found, Stop::FORCE)?;
+    }
+    let Some(lock) = dir.lock_within(LOCK_LIMIT)? else {
+        return Err(LifeError::Busy(id).into());
+    };
+    stages.mark("stopped");
+    let mut restored = source.spec(&clone);
+    restored.created_ms = spec.created_ms;
+    dir.forget_last_run()?;
+    source.fill(dir)?;
+    restored.life = Life::Persistent;
+    dir.write_record_durably(state::CONFIG, &restored)?;
+    stages.mark("prepared");
+    let sandbox = bring_up(host, &source, dir, lock, stages)?;
+    // From now on it goes away with its guest, if it did before.
+    restored.life = spec.life;
+    dir.write_record(state::CONFIG, &restored)?;
+    Ok(sandbox)
+}

@@ -1,0 +1,430 @@
+//! Snapshots: taken, restored, forked, kept, moved, and what crashes leave of them.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use belljar_e2e::{Running, Said, Sandbox, User, assets_dir, eventually, kill};
+use serde_json::Value;
+
+fn json(said: &Said) -> Value {
+    assert_eq!(said.code(), 0, "{}", said.err);
+    serde_json::from_slice(&said.out).unwrap_or_else(|error| panic!("{error}: {}", said.text()))
+}
+
+fn number(said: &Said) -> u64 {
+    assert_eq!(said.code(), 0, "{}", said.err);
+    let text = said.text();
+    text.trim().parse().unwrap_or_else(|_| panic!("{text:?}"))
+}
+
+/// A program that counts in its memory and on the disk, ten times a second.
+const COUNTER: &str = "i=0; while :; do i=$((i+1)); echo $i >/root/n; sleep 0.1; done";
+
+fn count(user: &User, word: &str) -> u64 {
+    // Between emptying and writing the file there is nothing in it.
+    let read = "while :; do n=$(cat /root/n); [ -n \"$n\" ] && break; done; echo $n";
+    number(&user.says(&["exec", word, "--", "sh", "-c", read]))
+}
+
+fn begin_counting(sandbox: &Sandbox) {
+    let said = sandbox
+        .user()
+        .says(&["exec", "-d", sandbox.id(), "--", "sh", "-c", COUNTER]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    eventually("the counter to count", || {
+        let said = sandbox.says("exec", &["--", "cat", "/root/n"]);
+        said.code() == 0 && !said.out.is_empty()
+    });
+}
+
+/// Ids of the snapshots that are listed and durable.
+fn listed(user: &User) -> Vec<String> {
+    let all = json(&user.says(&["snapshots"]));
+    let durable = |snapshot: &&Value| snapshot["durable"] == true;
+    let ids = all.as_array().unwrap().iter().filter(durable);
+    ids.map(|snapshot| snapshot["id"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+#[test]
+fn a_snapshot_goes_on_elsewhere_as_somebody_else() {
+    let user = User::new();
+    // An image of this sandbox's own, which no other file is equal to.
+    let image = user.home().join("own-image");
+    fs::copy(assets_dir().join("image"), &image).unwrap();
+    fs::File::options()
+        .append(true)
+        .open(&image)
+        .unwrap()
+        .write_all(&[0x5a; 4096])
+        .unwrap();
+    let sandbox = user.sandbox(&["--image", image.to_str().unwrap()]);
+    begin_counting(&sandbox);
+    let said = sandbox.says("exec", &["--", "sh", "-c", "echo kept >/root/f; hostname"]);
+    said.is(0, "belljar\n");
+
+    // The id alone is printed; the guest goes on.
+    let said = sandbox.says("snapshot", &["--tag", "ready", "-l", "stage=1", "--wait"]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    assert_eq!(said.err, "", "nothing is said where nobody looks");
+    let id = said.text().trim().to_owned();
+    assert_eq!(id.len(), 32, "{id}");
+    let then = count(&user, sandbox.id());
+    eventually("the parent to go on", || count(&user, sandbox.id()) > then);
+    let all = json(&user.says(&["snapshots", "-l", "stage=1"]));
+    assert_eq!(all[0]["id"], id);
+    assert_eq!(all[0]["tags"][0], "ready");
+    assert!(all[0]["data_bytes"].as_u64().unwrap() > 8 << 20, "{all}");
+    assert_eq!(
+        json(&user.says(&["snapshots", "-l", "stage=2"])),
+        Value::Array(vec![])
+    );
+
+    // A clone goes on from there, with everything but its identity.
+    let said = user.says(&["restore", "ready", "--name", "clone_1", "-v"]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    said.explains(&["template", "loaded", "agent ready", "thawed"]);
+    let first = count(&user, "clone_1");
+    assert!(first > 0);
+    eventually("the clone to go on", || count(&user, "clone_1") > first);
+    let look = "cat /root/f; hostname; wc -c </etc/machine-id; date +%s";
+    let said = user.says(&["exec", "clone_1", "--", "sh", "-c", look]);
+    let text = said.text();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(&lines[..3], ["kept", "clone-1", "33"], "{}", said.err);
+    let clock: i64 = lines[3].parse().unwrap();
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap();
+    assert!((clock - now.as_secs() as i64).abs() < 60, "{clock} {now:?}");
+    let events = user.says(&["events", "clone_1"]).text();
+    assert!(events.contains("\"adopted\""), "{events}");
+    let seen = json(&user.says(&["inspect", "clone_1"]));
+    assert_eq!(seen[0]["origin"]["snapshot"], id);
+    assert_eq!(seen[0]["origin"]["lineage"], sandbox.id());
+    assert_eq!(seen[0]["origin"]["generation"], 1);
+
+    // What the clone writes is its own, and a reset takes it back.
+    let said = user.says(&["exec", "clone_1", "--", "sh", "-c", "echo new >/root/f"]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    sandbox
+        .says("exec", &["--", "cat", "/root/f"])
+        .is(0, "kept\n");
+    let clone = seen[0]["id"].as_str().unwrap();
+    user.says(&["reset", "clone_1"])
+        .is(0, &format!("{clone}\n"));
+    user.says(&["exec", "clone_1", "--", "cat", "/root/f"])
+        .is(0, "kept\n");
+    let said = user.says(&["reset", sandbox.id()]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["does not come from a snapshot", "name a snapshot"]);
+
+    // What cannot be is refused with the reason.
+    let said = user.says(&["restore", "redy"]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["no snapshot is called redy", "belljar snapshots"]);
+    let said = user.says(&["restore", "ready", "--name", "clone_1"]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["'clone_1' is taken"]);
+    let said = user.says(&["store", "rm", "ready"]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["is kept"]);
+    assert_eq!(user.says(&["stop", "--force", "clone_1"]).code(), 0);
+    let said = user.says(&["snapshot", "clone_1"]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["is stopped", "belljar start"]);
+
+    // What it needs, and whether that is here.
+    let seen = json(&user.says(&["inspect", "ready"]));
+    assert_eq!(seen[0]["kind"], "snapshot");
+    assert_eq!(seen[0]["restorable"], true, "{seen}");
+    assert_eq!(seen[0]["needs"]["cpus"], 1);
+    assert!(
+        seen[0]["needs"]["base_images"]["image"].is_string(),
+        "{seen}"
+    );
+    let contents = seen[0]["contents"].as_array().unwrap();
+    let names: Vec<_> = contents.iter().map(|image| image["name"].clone()).collect();
+    assert_eq!(names, ["sandbox", "state", "memory", "disk:disk"]);
+
+    // Its base image must be there, under whatever name.
+    let moved = user.home().join("moved");
+    fs::rename(&image, &moved).unwrap();
+    let said = user.says(&["run", "--from", "ready", "--", "true"]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["base image", "is missing", "another content", "--image"]);
+    let image = moved.to_str().unwrap();
+    let said = user.says(&[
+        "run",
+        "--from",
+        "ready",
+        "--image",
+        image,
+        "--",
+        "sh",
+        "-c",
+        "cat /root/f; exit 7",
+    ]);
+    said.is(7, "kept\n");
+
+    // Another user takes it over by its stream, and the same stream twice.
+    let stream = user.home().join("stream");
+    let path = stream.to_str().unwrap();
+    assert_eq!(
+        user.says(&["store", "export", "ready", "-f", path]).code(),
+        0
+    );
+    let said = user.says(&["store", "export", "ready", "-f", path]);
+    assert_eq!(said.code(), 125, "a file is never overwritten");
+    let other = User::new();
+    other
+        .says(&["store", "import", path])
+        .is(0, &format!("{id}\n"));
+    other
+        .says(&["store", "import", path])
+        .is(0, &format!("{id}\n"));
+    other
+        .says(&[
+            "run",
+            "--from",
+            &id[..8],
+            "--image",
+            image,
+            "--",
+            "cat",
+            "/root/f",
+        ])
+        .is(0, "kept\n");
+    let mut bytes = fs::read(&stream).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&stream, bytes).unwrap();
+    let third = User::new();
+    let said = third.says(&["store", "import", path]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["stream"]);
+    assert_eq!(listed(&third), [] as [String; 0]);
+
+    // Removed, it makes room.
+    assert_eq!(user.says(&["rm", "clone_1"]).code(), 0);
+    assert_eq!(user.says(&["store", "rm", "-f", "ready"]).code(), 0);
+    assert_eq!(user.says(&["store", "gc", "--now"]).code(), 0);
+    let usage = json(&user.says(&["store", "du"]));
+    assert_eq!(
+        (&usage["pack_bytes"], &usage["template_bytes"]),
+        (&0.into(), &0.into())
+    );
+}
+
+#[test]
+fn a_paused_guest_a_disk_alone_and_a_drive_that_others_write() {
+    let user = User::new();
+    let data = user.home().join("data");
+    fs::File::create(&data).unwrap().set_len(1 << 20).unwrap();
+    let drive = format!("{}:id=data", data.display());
+    {
+        let shared = user.sandbox(&["--drive", &drive, "--image", "none"]);
+        let said = shared.says("snapshot", &[]);
+        assert_eq!(said.code(), 125);
+        said.explains(&["writable drive", "read-only"]);
+    }
+    let sandbox = user.sandbox(&[]);
+    let said = sandbox.says("exec", &["--", "sh", "-c", "echo kept >/root/f"]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+
+    // The disk alone: written out, and booted from.
+    let said = sandbox.says("snapshot", &["--disk-only", "--tag", "disk"]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    user.says(&[
+        "run",
+        "--from",
+        "disk",
+        "--",
+        "sh",
+        "-c",
+        "cat /root/f; cut -d. -f1 /proc/uptime >/root/up",
+    ])
+    .is(0, "kept\n");
+
+    // A paused one stays paused, and its clones run.
+    assert_eq!(sandbox.says("pause", &[]).code(), 0);
+    let said = sandbox.says("fork", &["--name", "twin"]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    assert_eq!(sandbox.state(), "paused");
+    user.says(&["exec", "twin", "--", "cat", "/root/f"])
+        .is(0, "kept\n");
+    assert_eq!(sandbox.says("resume", &[]).code(), 0);
+    sandbox
+        .says("exec", &["--", "cat", "/root/f"])
+        .is(0, "kept\n");
+
+    // A restored guest can be saved again, and that one again.
+    let said = user.says(&["snapshot", "twin", "--tag", "second", "--wait"]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    assert_eq!(user.says(&["rm", "-f", "twin"]).code(), 0);
+    user.says(&["run", "--from", "second", "--", "cat", "/root/f"])
+        .is(0, "kept\n");
+
+    // A budget that is too small is told, and what was named is not sacrificed.
+    assert_eq!(user.says(&["store", "budget", "1M"]).code(), 0);
+    let said = sandbox.says("snapshot", &["--wait"]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["budget"]);
+    let said = user.says(&["store", "gc", "--evict"]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["does not suffice"]);
+    assert_eq!(listed(&user).len(), 2);
+    assert_eq!(user.says(&["store", "verify"]).code(), 0);
+}
+
+/// What a keeper or a command line that was killed leaves: everything that is listed can be restored, and the
+/// sandbox goes on.
+#[test]
+fn whoever_is_killed_while_a_snapshot_is_taken_takes_nothing_along() {
+    let user = User::new();
+    let sandbox = user.sandbox(&[]);
+    begin_counting(&sandbox);
+    let goes_on = |after: &str| {
+        let then = count(&user, sandbox.id());
+        eventually(&format!("the guest to go on after {after}"), || {
+            count(&user, sandbox.id()) > then
+        });
+    };
+    let whole = sandbox.says("snapshot", &["--tag", "whole", "--wait"]);
+    assert_eq!(whole.code(), 0, "{}", whole.err);
+    let begin = Instant::now();
+    assert_eq!(sandbox.says("snapshot", &["--wait"]).code(), 0);
+    let takes = begin.elapsed();
+    for part in [1, 3, 5, 7] {
+        let wait = takes * part / 8;
+        let running = sandbox.start("snapshot", &["--wait"]);
+        std::thread::sleep(wait);
+        running.signal(rustix::process::Signal::KILL);
+        let _ = running.wait();
+        goes_on("the command line was killed");
+        let running = sandbox.start("snapshot", &["--wait"]);
+        std::thread::sleep(wait);
+        for keeper in user.processes("belljar-keeper") {
+            kill(keeper);
+        }
+        let _ = running.wait();
+        goes_on("the keeper was killed");
+    }
+    assert_eq!(user.says(&["store", "verify"]).code(), 0);
+    let all = listed(&user);
+    assert!(all.len() >= 2, "{all:?}");
+    // The newest may be one that somebody was killed for.
+    for id in [all.last().unwrap().as_str(), "whole"] {
+        let said = user.says(&["restore", id, "--name", "again"]);
+        assert_eq!(said.code(), 0, "{}", said.err);
+        assert!(count(&user, "again") > 0);
+        assert_eq!(user.says(&["rm", "-f", "again"]).code(), 0);
+    }
+
+    // The VMM is killed: the snapshot fails, and nothing of it is listed.
+    let running = sandbox.start("snapshot", &[]);
+    std::thread::sleep(takes / 8);
+    for vmm in user.processes("belljar-vmm") {
+        kill(vmm);
+    }
+    let _ = running.wait();
+    let after = listed(&user);
+    assert!(after.len() <= all.len() + 1, "{after:?}");
+    assert_eq!(user.says(&["store", "verify"]).code(), 0);
+}
+
+/// What a clone draws first: a number from the kernel, one of a new process, its machine id.
+const DRAW: &str = "head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \\n'; echo; \
+    python3 -c 'import os, uuid; print(os.urandom(16).hex()); print(uuid.uuid4().hex)'; cat /etc/machine-id";
+
+/// A thousand with `BELLJAR_SOAK=1`.
+#[test]
+fn clones_draw_different_numbers() {
+    let soak = std::env::var_os("BELLJAR_SOAK").is_some_and(|on| on == "1");
+    let (rounds, each) = if soak { (50, 20) } else { (1, 20) };
+    let user = User::new();
+    let sandbox = user.sandbox(&["--memory", "128M"]);
+    // A program that was running when the guest was saved draws, too.
+    let drawing = "while :; do head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \\n' >/root/r.new; \
+        mv /root/r.new /root/r; sleep 0.05; done";
+    let said = user.says(&["exec", "-d", sandbox.id(), "--", "sh", "-c", drawing]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    let said = sandbox.says("snapshot", &["--tag", "seed", "--wait"]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    let mut seen = HashSet::new();
+    for _ in 0..rounds {
+        let count = each.to_string();
+        let said = sandbox.says("fork", &["--count", &count, "-l", "clone=yes"]);
+        assert_eq!(said.code(), 0, "{}", said.err);
+        let text = said.text();
+        let ids: Vec<&str> = text.lines().collect();
+        assert_eq!(ids.len(), each);
+        for id in &ids {
+            let said = user.says(&["exec", id, "--", "sh", "-c", DRAW]);
+            assert_eq!(said.code(), 0, "{}", said.err);
+            let text = said.text();
+            assert_eq!(text.lines().count(), 4, "{text}");
+            for line in text.lines() {
+                assert_eq!(line.len(), 32, "{text}");
+                assert!(seen.insert(line.to_owned()), "{line} was drawn twice");
+            }
+        }
+        for id in &ids {
+            let said = user.says(&["exec", id, "--", "cat", "/root/r"]);
+            assert!(seen.insert(said.text()), "{} was drawn twice", said.text());
+        }
+        assert_eq!(user.says(&["rm", "-f", "-l", "clone=yes"]).code(), 0);
+    }
+    assert_eq!(seen.len(), rounds * each * 5);
+}
+
+/// The keeper is there when it is needed, and only then.
+#[test]
+fn keepers_come_and_go() {
+    let user = User::new();
+    let keepers = || user.processes("belljar-keeper");
+    assert_eq!(json(&user.says(&["snapshots"])), Value::Array(vec![]));
+    eventually("the keeper to leave", || keepers().is_empty());
+    // Many at once are served, by one.
+    for round in 0..10 {
+        let all: Vec<Running> = (0..8)
+            .map(|_| Running::start(&mut user.belljar(&["snapshots"])))
+            .collect();
+        for one in all {
+            let said = one.wait();
+            assert_eq!(
+                (said.code(), said.text().as_str()),
+                (0, "[]\n"),
+                "{}",
+                said.err
+            );
+        }
+        if round % 3 == 0 {
+            keepers().into_iter().for_each(kill);
+        }
+        // Also at the moment when it leaves.
+        std::thread::sleep(Duration::from_millis(900 + round * 23));
+    }
+    let said = user.says(&["snapshots", "--keeper", "/nowhere/belljar-keeper"]);
+    if said.code() != 0 {
+        said.explains(&["cannot be started", "make build"]);
+    }
+    // What is not a store is refused, not replaced.
+    eventually("the keeper to leave", || keepers().is_empty());
+    let store = user.home().join("state/keeper/store");
+    spoil(&store.join("store"));
+    spoil(&store.join("store.copy"));
+    let said = user.says(&["snapshots"]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["keeper did not come up", "damaged"]);
+}
+
+fn spoil(path: &Path) {
+    let mut bytes = fs::read(path).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 0xff;
+    fs::write(path, bytes).unwrap();
+}
