@@ -2,11 +2,15 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::io;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
-use belljar_store::{self as store, FileSource, Kind, Options, Requirements, SnapshotId, Writer};
+use belljar_store::{
+    self as store, FileSource, Kind, Options, Reader, Requirements, SnapshotId, Source, Writer,
+};
 
 use super::names::{io_error, refusal};
 use super::templates::Part;
@@ -72,6 +76,8 @@ pub(super) struct Files {
     pub(super) state: File,
     pub(super) memory: Option<File>,
     pub(super) disk: Option<File>,
+    /// What memory may be an increment of; held, so that it is not removed meanwhile.
+    pub(super) base: Option<Reader>,
 }
 
 /// Makes the files, if there is room for what will be in them.
@@ -98,7 +104,26 @@ pub(super) fn files(shared: &Shared, begin: &v1::Begin) -> Result<Files, v1::Err
         state: nameless()?,
         memory: (begin.memory_bytes > 0).then(nameless).transpose()?,
         disk: (begin.disk_bytes > 0).then(nameless).transpose()?,
+        base: base(shared, begin),
     })
+}
+
+/// The snapshot that the guest was loaded from, if its memory is still here and whole.
+fn base(shared: &Shared, begin: &v1::Begin) -> Option<Reader> {
+    let reader = shared.store.read(begin.base.parse().ok()?).ok()?;
+    let length = reader.image(images::MEMORY).ok()?.length;
+    (length == begin.memory_bytes).then_some(reader)
+}
+
+/// Where a file has data, in bytes.
+fn data_ranges(source: &FileSource) -> io::Result<Vec<Range<u64>>> {
+    let mut ranges = Vec::new();
+    let mut from = 0;
+    while let Some(range) = source.next_data(from)? {
+        from = range.end;
+        ranges.push(range);
+    }
+    Ok(ranges)
 }
 
 /// How a capture ends.
@@ -127,7 +152,7 @@ pub(super) fn keep(
             took_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
         });
         match &outcome {
-            Ok(_) => offer_templates(shared, id, files),
+            Ok(_) => offer_templates(shared, id, files, keep.is_increment),
             Err(error) => log::line(&format!("snapshot {id} is lost: {}", error.message)),
         }
         let kept = outcome.is_ok();
@@ -148,9 +173,11 @@ pub(super) fn keep(
     Ok((id, receiver))
 }
 
-/// What was captured is just what a restore needs.
-fn offer_templates(shared: &Shared, id: SnapshotId, files: Files) {
-    if let Some(memory) = files.memory {
+/// What was captured is just what a restore needs, unless it is only a part.
+fn offer_templates(shared: &Shared, id: SnapshotId, files: Files, is_increment: bool) {
+    if let Some(memory) = files.memory
+        && !is_increment
+    {
         shared.templates.add(id, Part::Memory, memory);
     }
     if let Some(disk) = files.disk {
@@ -199,7 +226,14 @@ fn store_all(
     if keep.has_memory {
         let memory = files.memory.as_ref().ok_or_else(|| missing("memory"))?;
         writer.image(images::STATE, Kind::State, &source(&files.state)?)?;
-        writer.image(images::MEMORY, Kind::Memory, &source(memory)?)?;
+        let memory = source(memory)?;
+        if keep.is_increment {
+            let base = files.base.as_ref().ok_or_else(|| missing("base"))?;
+            let changed = data_ranges(&memory).map_err(io_error("read the capture"))?;
+            writer.image_changed(images::MEMORY, &memory, base, &changed)?;
+        } else {
+            writer.image(images::MEMORY, Kind::Memory, &memory)?;
+        }
     }
     if keep.has_disk {
         let disk = files.disk.as_ref().ok_or_else(|| missing("disk"))?;

@@ -130,8 +130,11 @@ impl Session {
                 was_paused: begin.was_paused,
             });
         }
+        let begun = v1::Begun {
+            has_base: files.base.is_some(),
+        };
         self.files = Some(files);
-        Ok((Answer::Begun(v1::Begun {}), descriptors))
+        Ok((Answer::Begun(begun), descriptors))
     }
 
     fn keep(&mut self, keep: v1::Keep) -> Answered {

@@ -55,6 +55,17 @@ pub struct Captured {
     pub kept: Option<keeper::Kept>,
 }
 
+/// What is to be written down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum What {
+    /// Only the disk.
+    Disk,
+    /// All of memory.
+    Whole,
+    /// What differs from the memory that it was loaded from, if the keeper has that; else all of it.
+    Increment,
+}
+
 /// What a sandbox has written down of itself.
 pub(super) struct Image {
     pub(super) saved: Saved,
@@ -62,6 +73,8 @@ pub(super) struct Image {
     /// `None`: only the disk.
     pub(super) memory: Option<File>,
     pub(super) disk: Option<File>,
+    /// Memory holds only what differs from that of the snapshot it was loaded from.
+    pub(super) is_increment: bool,
     pub(super) frozen: Duration,
     pub(super) paused: Duration,
 }
@@ -77,7 +90,12 @@ pub fn capture(
     progress: impl FnMut(u64, u64),
 ) -> Result<Captured, SnapshotError> {
     let mut client = keeper.connect()?;
-    let image = take(found, &mut client, options.disk_only)?;
+    let what = if options.disk_only {
+        What::Disk
+    } else {
+        What::Increment
+    };
+    let image = take(found, &mut client, what)?;
     let spec = &image.saved.spec;
     let call = keeper::Keep {
         has_memory: image.memory.is_some(),
@@ -92,6 +110,7 @@ pub fn capture(
         cpu_baseline: "portable".to_owned(),
         requirements: BTreeMap::from([("cpu-vendor".to_owned(), image.saved.cpu_vendor.clone())]),
         base_images: base_images(spec),
+        is_increment: image.is_increment,
     };
     keep(&mut client, call, options.wait, progress).map(|(id, kept)| Captured {
         id,
@@ -140,11 +159,8 @@ fn base_images(spec: &SandboxSpec) -> BTreeMap<String, String> {
 }
 
 /// Writes a sandbox down into files of the keeper, which vanish unless somebody keeps them.
-pub(super) fn take(
-    found: &Found,
-    client: &mut Client,
-    disk_only: bool,
-) -> Result<Image, SnapshotError> {
+pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Image, SnapshotError> {
+    let disk_only = what == What::Disk;
     let spec = found.spec()?;
     let look = found.state();
     let (Some(spec), true) = (spec, look.is_up()) else {
@@ -161,16 +177,22 @@ pub(super) fn take(
     }
     let _turn = turn(found)?;
     let was_paused = matches!(look, State::Paused(_));
+    let saved = Saved::of(found, spec)?;
+    let spec = &saved.spec;
     let begin = keeper::Begin {
+        base: match what {
+            What::Increment => saved.parent.clone().unwrap_or_default(),
+            What::Disk | What::Whole => String::new(),
+        },
         memory_bytes: if disk_only { 0 } else { spec.memory },
         disk_bytes: spec.disk.unwrap_or(0),
-        expected_bytes: expected_bytes(found, &look, &spec, disk_only),
+        expected_bytes: expected_bytes(found, &look, spec, disk_only),
         sandbox_dir: found.dir().path().to_string_lossy().into_owned(),
         was_paused,
     };
     let (answer, files) = client.call(Call::Begin(begin), &[], |_| {})?;
     let mut files = files.into_iter().map(File::from);
-    let (Answer::Begun(_), Some(state)) = (answer, files.next()) else {
+    let (Answer::Begun(begun), Some(state)) = (answer, files.next()) else {
         return Err(KeeperError::Unexpected.into());
     };
     let mut next = |wanted: bool| match wanted.then(|| files.next()) {
@@ -179,12 +201,11 @@ pub(super) fn take(
     };
     let memory = next(!disk_only)?;
     let disk = next(spec.disk.is_some())?;
-    let saved = Saved::of(found, spec)?;
     let mut hold = Hold::new(found, was_paused);
     hold.freeze(disk_only)?;
     if let Some(memory) = &memory {
         hold.pause()?;
-        create(found, &state, memory)?;
+        create(found, &state, memory, begun.has_base)?;
     }
     if let Some(disk) = &disk {
         let failed = || io_failed("copy the sandbox's disk");
@@ -198,6 +219,7 @@ pub(super) fn take(
         state,
         memory,
         disk,
+        is_increment: begun.has_base,
         frozen,
         paused,
     })
@@ -241,15 +263,25 @@ fn turn(found: &Found) -> Result<File, SnapshotError> {
 }
 
 /// Has the VMM write state and RAM into two files.
-fn create(found: &Found, state: &File, memory: &File) -> Result<(), SnapshotError> {
-    let body = br#"{"snapshot_path":"fd:state","mem_file_path":"fd:memory"}"#;
+fn create(
+    found: &Found,
+    state: &File,
+    memory: &File,
+    is_increment: bool,
+) -> Result<(), SnapshotError> {
+    let kind = if is_increment { "Diff" } else { "Full" };
+    let body = format!(
+        r#"{{"snapshot_type":"{kind}","snapshot_path":"fd:state","mem_file_path":"fd:memory"}}"#
+    );
     let descriptors = [("state", state.as_fd()), ("memory", memory.as_fd())];
     let call = ("PUT", "/snapshot/create");
     let deadline = Instant::now() + CREATE_LIMIT;
     let done = found
         .api()
         .map_err(vmm::ApiError::from)
-        .and_then(|mut api| vmm::request_with(&mut api, call, body, &descriptors, deadline));
+        .and_then(|mut api| {
+            vmm::request_with(&mut api, call, body.as_bytes(), &descriptors, deadline)
+        });
     done.map(|_| ()).map_err(|source| SnapshotError::Api {
         id: found.called(),
         source,

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use belljar_keeper::client::Keeper;
 
 use super::SnapshotError;
-use super::capture::take;
+use super::capture::{What, take};
 use super::restore::{Host, NewClone, Source, restore};
 use crate::registry::Found;
 use crate::stages::Stages;
@@ -49,7 +49,7 @@ pub fn fork(
     made: impl FnMut(&str) + Send,
 ) -> Result<Forked, SnapshotError> {
     let mut client = keeper.connect()?;
-    let image = take(found, &mut client, false)?;
+    let image = take(found, &mut client, What::Whole)?;
     let (frozen, paused) = (image.frozen, image.paused);
     let source = Source {
         saved: image.saved,

@@ -1,0 +1,427 @@
+//! The keeper as its clients see it: a process that comes, keeps what it is given, and may be killed.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use belljar_keeper::client::{Client, Keeper, KeeperError};
+use belljar_keeper::v1::{self, error::Code, reply::Result as Answer, request::Call};
+
+const MIB: u64 = 1 << 20;
+
+struct Place {
+    dir: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    fn keeper(&self) -> Keeper {
+        Keeper {
+            dir: self.path(),
+            program: PathBuf::from(env!("CARGO_BIN_EXE_belljar-keeper")),
+        }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("state/keeper")
+    }
+
+    fn connect(&self) -> Client {
+        self.keeper().connect().unwrap()
+    }
+
+    /// Pids of keepers of this place.
+    fn pids(&self) -> Vec<i32> {
+        let wanted = self.path();
+        let entries = std::fs::read_dir("/proc").unwrap().flatten();
+        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+        pids.filter(|pid| {
+            let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let words = String::from_utf8_lossy(&words).into_owned();
+            words.contains("belljar-keeper") && words.contains(&*wanted.to_string_lossy())
+        })
+        .collect()
+    }
+
+    fn kill(&self) {
+        for pid in self.pids() {
+            let pid = rustix::process::Pid::from_raw(pid).unwrap();
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn refused<T: std::fmt::Debug>(result: Result<T, KeeperError>) -> (Code, String) {
+    match result {
+        Err(KeeperError::Refused { code, message }) => (code, message),
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+fn begin(client: &mut Client, base: &str) -> (v1::Begun, Vec<File>) {
+    let begin = v1::Begin {
+        memory_bytes: 8 * MIB,
+        disk_bytes: MIB,
+        base: base.to_owned(),
+        ..v1::Begin::default()
+    };
+    let (Answer::Begun(begun), files) = client.call(Call::Begin(begin), &[], |_| {}).unwrap()
+    else {
+        panic!("not begun")
+    };
+    (begun, files.into_iter().map(File::from).collect())
+}
+
+fn keep(client: &mut Client, keep: v1::Keep) -> Result<String, KeeperError> {
+    let keep = v1::Keep {
+        has_memory: true,
+        has_disk: true,
+        sandbox: b"who it was".to_vec(),
+        memory_bytes: 8 * MIB,
+        ..keep
+    };
+    let (Answer::Accepted(accepted), _) = client.call(Call::Keep(keep), &[], |_| {})? else {
+        panic!("not accepted")
+    };
+    match client.answer(|_| {})? {
+        (Answer::Kept(kept), _) => assert_eq!(kept.id, accepted.id),
+        other => panic!("not kept: {other:?}"),
+    }
+    Ok(accepted.id)
+}
+
+fn pages(seed: u64, count: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(count * 4096);
+    while bytes.len() < count * 4096 {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes
+}
+
+/// A capture with a hole; returns its id and what memory is.
+fn capture(client: &mut Client, seed: u64, tag: &str) -> (String, Vec<u8>) {
+    let (_, files) = begin(client, "");
+    files[0].write_all_at(b"state", 0).unwrap();
+    files[1].set_len(8 * MIB).unwrap();
+    let mut memory = vec![0; 8 << 20];
+    for at in [0, 3 << 20] {
+        let data = pages(seed + at as u64, 100);
+        memory[at..at + data.len()].copy_from_slice(&data);
+        files[1].write_all_at(&data, at as u64).unwrap();
+    }
+    files[2].set_len(MIB).unwrap();
+    files[2].write_all_at(b"on disk", 4096).unwrap();
+    let call = v1::Keep {
+        tags: vec![tag.to_owned()],
+        ..v1::Keep::default()
+    };
+    (keep(client, call).unwrap(), memory)
+}
+
+fn open(client: &mut Client, word: &str) -> Result<(v1::Opened, Vec<File>), KeeperError> {
+    let open = v1::Open {
+        snapshot: word.to_owned(),
+        candidates: vec![],
+    };
+    let (Answer::Opened(opened), files) = client.call(Call::Open(open), &[], |_| {})? else {
+        panic!("not opened")
+    };
+    Ok((opened, files.into_iter().map(File::from).collect()))
+}
+
+fn content(file: &File) -> Vec<u8> {
+    let mut bytes = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+fn list(client: &mut Client) -> Vec<v1::Snapshot> {
+    let mut all = Vec::new();
+    let collect = |answer| {
+        if let Answer::Item(snapshot) = answer {
+            all.push(snapshot);
+        }
+    };
+    client.call(Call::List(v1::List {}), &[], collect).unwrap();
+    all
+}
+
+fn forget_templates(place: &Path) {
+    for entry in std::fs::read_dir(place.join("templates")).unwrap() {
+        std::fs::remove_file(entry.unwrap().path()).unwrap();
+    }
+}
+
+#[test]
+fn what_is_kept_is_given_back_hot_and_from_chunks_by_this_keeper_and_the_next() {
+    let place = Place::new();
+    let mut client = place.connect();
+    let (id, memory) = capture(&mut client, 1, "one");
+    for round in 0..3 {
+        let (opened, files) = open(&mut client, "one").unwrap();
+        assert_eq!(opened.hot, round < 2, "{round}");
+        assert_eq!(content(&files[0]), b"state");
+        assert!(content(&files[1]) == memory);
+        assert_eq!(&content(&files[2])[4096..4103], b"on disk");
+        // What is shared cannot be written.
+        assert!((&files[1]).write_all(b"x").is_err());
+        assert!((&files[2]).write_all(b"x").is_err());
+        if round == 0 {
+            // Another keeper finds the file, when it has become durable.
+            let file = place.path().join(format!("templates/{id}.memory"));
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while !file.exists() {
+                assert!(Instant::now() < deadline, "the template got no name");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            std::thread::sleep(Duration::from_millis(200));
+            drop(client);
+            place.kill();
+            client = place.connect();
+        } else {
+            forget_templates(&place.path());
+        }
+    }
+    let description = Call::Describe(v1::Describe {
+        snapshot: id[..6].to_owned(),
+    });
+    let (Answer::Description(description), _) = client.call(description, &[], |_| {}).unwrap()
+    else {
+        panic!("not described")
+    };
+    assert_eq!(description.sandbox, b"who it was");
+    assert_eq!(description.images.len(), 4);
+}
+
+#[test]
+fn an_increment_is_a_whole_snapshot() {
+    let place = Place::new();
+    let mut client = place.connect();
+    let (base, mut memory) = capture(&mut client, 2, "base");
+    let (begun, files) = begin(&mut client, &base);
+    assert!(begun.has_base);
+    files[0].write_all_at(b"later", 0).unwrap();
+    files[1].set_len(8 * MIB).unwrap();
+    let data = pages(9, 3);
+    // Changed, new, and zero again.
+    for at in [8192_usize, 6 << 20] {
+        memory[at..at + data.len()].copy_from_slice(&data);
+        files[1].write_all_at(&data, at as u64).unwrap();
+    }
+    let zeroed = (3 << 20) + 4096;
+    memory[zeroed..zeroed + 4096].fill(0);
+    files[1].write_all_at(&[0; 4096], zeroed as u64).unwrap();
+    files[2].set_len(MIB).unwrap();
+    let call = v1::Keep {
+        is_increment: true,
+        parents: vec![base.clone()],
+        ..v1::Keep::default()
+    };
+    let id = keep(&mut client, call).unwrap();
+    let (opened, files) = open(&mut client, &id).unwrap();
+    assert!(!opened.hot, "an increment's file is no template");
+    assert!(content(&files[1]) == memory);
+    assert_eq!(content(&files[0]), b"later");
+    // A base that is not here, or of another size, is none.
+    let (begun, _) = begin(&mut client, &"00".repeat(16));
+    assert!(!begun.has_base);
+    let call = v1::Keep {
+        is_increment: true,
+        ..v1::Keep::default()
+    };
+    let (code, message) = refused(keep(&mut client, call));
+    assert_eq!(code, Code::Invalid, "{message}");
+    assert_eq!(list(&mut client).len(), 2);
+}
+
+#[test]
+fn what_is_not_kept_vanishes_and_what_does_not_fit_is_told() {
+    let place = Place::new();
+    let mut client = place.connect();
+    let (_, files) = begin(&mut client, "");
+    files[1].write_all_at(&pages(1, 500), 0).unwrap();
+    drop((client, files));
+    let mut client = place.connect();
+    assert_eq!(list(&mut client), []);
+    assert_eq!(
+        std::fs::read_dir(place.path().join("templates"))
+            .unwrap()
+            .count(),
+        0
+    );
+    let begin = v1::Begin {
+        memory_bytes: 1 << 60,
+        expected_bytes: 1 << 60,
+        ..v1::Begin::default()
+    };
+    let (code, message) = refused(client.call(Call::Begin(begin), &[], |_| {}));
+    assert_eq!(code, Code::NoSpace, "{message}");
+    let (code, _) = refused(open(&mut client, "nothing"));
+    assert_eq!(code, Code::NoSnapshot);
+    let (code, _) = refused(client.call(Call::Keep(v1::Keep::default()), &[], |_| {}));
+    assert_eq!(code, Code::Invalid);
+    // A name that cannot be is told before anything is stored.
+    let (_, files) = self::begin(&mut client, "");
+    files[1].set_len(8 * MIB).unwrap();
+    let call = v1::Keep {
+        tags: vec!["a/b".to_owned()],
+        ..v1::Keep::default()
+    };
+    let (code, message) = refused(keep(&mut client, call));
+    assert_eq!(code, Code::Invalid, "{message}");
+}
+
+#[test]
+fn a_base_image_must_be_there_with_its_content() {
+    let place = Place::new();
+    let mut client = place.connect();
+    let (image, elsewhere) = (
+        place.dir.path().join("image"),
+        place.dir.path().join("other"),
+    );
+    std::fs::write(&image, b"the root file system").unwrap();
+    let (_, files) = begin(&mut client, "");
+    files[1].set_len(8 * MIB).unwrap();
+    let path = |path: &Path| path.to_string_lossy().into_owned();
+    let call = v1::Keep {
+        base_images: [("image".to_owned(), path(&image))].into(),
+        tags: vec!["with".to_owned()],
+        ..v1::Keep::default()
+    };
+    keep(&mut client, call).unwrap();
+    let mut open = |file: &Path| {
+        let open = v1::Open {
+            snapshot: "with".to_owned(),
+            candidates: vec![v1::BaseImage {
+                drive: "image".to_owned(),
+                path: path(file),
+            }],
+        };
+        client.call(Call::Open(open), &[], |_| {})
+    };
+    open(&image).unwrap();
+    std::fs::rename(&image, &elsewhere).unwrap();
+    let (code, message) = refused(open(&image));
+    assert_eq!(code, Code::BaseImage, "{message}");
+    open(&elsewhere).unwrap();
+    std::fs::write(&elsewhere, b"the root file systen").unwrap();
+    let (code, message) = refused(open(&elsewhere));
+    assert_eq!(code, Code::BaseImage);
+    assert!(message.contains("another content"), "{message}");
+}
+
+#[test]
+fn a_keeper_that_is_killed_at_any_moment_leaves_whole_snapshots_only() {
+    let place = Place::new();
+    let mut kept: Vec<(String, Vec<u8>)> = Vec::new();
+    for round in 0..24 {
+        let mut client = place.connect();
+        // Other content each time, and known content among it.
+        if round % 4 == 0 {
+            kept.push(capture(&mut client, round, &format!("t{round}")));
+        }
+        let delay = Duration::from_micros(round * round * 150);
+        let killer = std::thread::scope(|scope| {
+            let killer = scope.spawn(|| {
+                std::thread::sleep(delay);
+                place.kill();
+            });
+            let (_, files) = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                begin(&mut client, "")
+            })) {
+                Ok(begun) => begun,
+                Err(_) => return killer.join(),
+            };
+            files[1].set_len(8 * MIB).unwrap();
+            files[1]
+                .write_all_at(&pages(round + 1000, 1500), 0)
+                .unwrap();
+            files[2].set_len(MIB).unwrap();
+            let _ = keep(&mut client, v1::Keep::default());
+            killer.join()
+        });
+        killer.unwrap();
+        let mut client = place.connect();
+        for snapshot in list(&mut client) {
+            assert!(!snapshot.pending);
+            open(&mut client, &snapshot.id).unwrap();
+        }
+        let (Answer::Verified(verified), _) = client
+            .call(Call::Verify(v1::Verify {}), &[], |_| {})
+            .unwrap()
+        else {
+            panic!("not verified")
+        };
+        assert_eq!(
+            (
+                verified.damaged,
+                verified.broken.len(),
+                verified.problems.len()
+            ),
+            (0, 0, 0),
+            "{verified:?}"
+        );
+    }
+    place.kill();
+    let mut client = place.connect();
+    forget_templates(&place.path());
+    for (id, memory) in kept {
+        let (_, files) = open(&mut client, &id).unwrap();
+        assert!(content(&files[1]) == memory, "{id}");
+    }
+}
+
+#[test]
+fn only_one_serves_and_garbage_harms_nobody() {
+    let place = Place::new();
+    let mut client = place.connect();
+    let others: Vec<_> = (0..4)
+        .map(|_| {
+            std::process::Command::new(env!("CARGO_BIN_EXE_belljar-keeper"))
+                .arg(place.path())
+                .spawn()
+                .unwrap()
+        })
+        .collect();
+    for mut other in others {
+        assert!(other.wait().unwrap().success());
+    }
+    assert_eq!(place.pids().len(), 1);
+    for garbage in [&b"\xff\xff\xff\xff\xff"[..], b"\x05hello", &[0; 4096]] {
+        let socket = place.path().join("keeper.sock");
+        let mut stream = UnixStream::connect(socket).unwrap();
+        stream.write_all(garbage).unwrap();
+    }
+    // More descriptors than any call has.
+    let file = File::open("/dev/null").unwrap();
+    let too_many = vec![std::os::fd::AsFd::as_fd(&file); 8];
+    let ping = || Call::Ping(v1::Ping {});
+    assert!(client.call(ping(), &too_many, |_| {}).is_ok());
+    let (code, _) = refused(client.call(Call::Export(v1::Export::default()), &too_many, |_| {}));
+    assert_eq!(code, Code::Invalid);
+    assert!(client.call(ping(), &[], |_| {}).is_ok());
+}
