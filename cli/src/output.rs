@@ -8,6 +8,7 @@ use std::time::Duration;
 use belljar_node::state::spec::now_ms;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
+use serde_json::Value;
 
 /// The form of what is printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -66,6 +67,14 @@ pub(crate) fn print_json(document: &impl Serialize) {
     if let Ok(text) = text {
         print(&(text + "\n"));
     }
+}
+
+/// A document with the fields of another one added.
+pub(crate) fn joined(mut document: Value, more: Value) -> Value {
+    if let (Value::Object(fields), Value::Object(more)) = (&mut document, more) {
+        fields.extend(more);
+    }
+    document
 }
 
 /// Lines of cells under titles, each column as wide as it must be.

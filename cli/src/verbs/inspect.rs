@@ -68,33 +68,32 @@ fn describe_any(word: &str, args: &Args) -> Result<Value, Failure> {
 }
 
 fn describe_snapshot(of: &keeper::Description) -> Value {
-    let mut all = of.snapshot.as_ref().map_or(json!({}), snapshot::summary);
     let sandbox: Option<Value> = serde_json::from_slice(&of.sandbox).ok();
-    let fitness = snapshots::check(of).err();
-    all["kind"] = "snapshot".into();
-    all["contents"] = of
-        .images
-        .iter()
-        .map(|image| {
-            json!({
-                "name": image.name, "kind": image.kind, "bytes": image.length,
-                "data_bytes": image.data_bytes, "extents": image.extents,
-            })
+    let unfit = snapshots::check(of).err();
+    let contents = of.images.iter().map(|image| {
+        json!({
+            "name": image.name, "kind": image.kind, "bytes": image.length,
+            "data_bytes": image.data_bytes, "extents": image.extents,
         })
-        .collect();
-    all["needs"] = json!({
-        "architecture": of.architecture,
-        "cpu_baseline": of.cpu_baseline,
-        "memory": of.memory_bytes,
-        "cpus": of.vcpus,
-        "base_images": of.base_images,
-        "other": of.requirements,
     });
-    all["sandbox"] = json!(sandbox);
-    all["restorable"] = fitness.is_none().into();
-    all["why_not"] = json!(fitness.map(|error| error.to_string()));
-    all["template"] = of.has_template.into();
-    all
+    let listed = of.snapshot.as_ref().map_or(json!({}), snapshot::summary);
+    let more = json!({
+        "kind": "snapshot",
+        "contents": contents.collect::<Vec<_>>(),
+        "needs": {
+            "architecture": of.architecture,
+            "cpu_baseline": of.cpu_baseline,
+            "memory": of.memory_bytes,
+            "cpus": of.vcpus,
+            "base_images": of.base_images,
+            "other": of.requirements,
+        },
+        "sandbox": sandbox,
+        "restorable": unfit.is_none(),
+        "why_not": unfit.map(|error| error.to_string()),
+        "template": of.has_template,
+    });
+    output::joined(listed, more)
 }
 
 fn describe(found: &Found) -> Result<Value, Failure> {

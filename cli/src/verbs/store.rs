@@ -234,10 +234,11 @@ fn du(args: &Du) -> Result<u8, Failure> {
             "template_budget": usage.template_budget,
             "problems": usage.problems,
             "snapshots": usage.snapshots.iter().map(|snapshot| {
-                let mut all = summary(snapshot);
-                all["stored_bytes"] = snapshot.stored_bytes.into();
-                all["unique_bytes"] = snapshot.unique_bytes.into();
-                all
+                let more = json!({
+                    "stored_bytes": snapshot.stored_bytes,
+                    "unique_bytes": snapshot.unique_bytes,
+                });
+                output::joined(summary(snapshot), more)
             }).collect::<Vec<_>>(),
         })),
         Format::Table => {

@@ -33,6 +33,9 @@ impl Part {
     }
 }
 
+/// Locked by whoever fills a template.
+type Turn = Arc<Mutex<()>>;
+
 /// The folder of templates.
 pub(crate) struct Templates {
     dir: PathBuf,
@@ -40,7 +43,7 @@ pub(crate) struct Templates {
     /// Complete, but perhaps not durable.
     fresh: Mutex<HashMap<(SnapshotId, Part), Arc<File>>>,
     /// One lock for each that is being filled.
-    filling: Mutex<HashMap<(SnapshotId, Part), Arc<Mutex<()>>>>,
+    filling: Mutex<HashMap<(SnapshotId, Part), Turn>>,
 }
 
 impl Templates {
