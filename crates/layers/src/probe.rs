@@ -1,6 +1,7 @@
 //! For fuzzing: hostile bytes as the file of a layer.
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io;
+use std::rc::Rc;
 
 use crate::bitmap::Bitmap;
 use crate::format::{BLOCK, Geometry, Header, MAP_OFFSET, Page, Slot};
@@ -9,10 +10,10 @@ use crate::medium::Medium;
 use crate::{Builder, CLUSTER, LayerId, State};
 
 /// A file in memory: what it begins with, and zeros up to its length.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Memory {
-    bytes: RefCell<Vec<u8>>,
-    length: RefCell<u64>,
+    bytes: Rc<RefCell<Vec<u8>>>,
+    length: Rc<Cell<u64>>,
 }
 
 impl Memory {
@@ -26,24 +27,24 @@ impl Memory {
         let geometry = header.and_then(|(header, _)| Geometry::of(header.size));
         let length = geometry.map_or(bytes.len() as u64, |geometry| geometry.file_size());
         Self {
-            bytes: RefCell::new(bytes.to_vec()),
-            length: RefCell::new(length),
+            bytes: Rc::new(RefCell::new(bytes.to_vec())),
+            length: Rc::new(Cell::new(length)),
         }
     }
 }
 
 impl Medium for Memory {
     fn length(&self) -> io::Result<u64> {
-        Ok(*self.length.borrow())
+        Ok(self.length.get())
     }
 
     fn extend(&self, length: u64) -> io::Result<()> {
-        *self.length.borrow_mut() = length;
+        self.length.set(length);
         Ok(())
     }
 
     fn read(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
-        if offset.saturating_add(bytes.len() as u64) > *self.length.borrow() {
+        if offset.saturating_add(bytes.len() as u64) > self.length.get() {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         let all = self.bytes.borrow();
@@ -108,15 +109,9 @@ pub fn resealed(bytes: &[u8]) {
 /// Header and map of good layers.
 pub fn seeds() -> Vec<Vec<u8>> {
     let layer = |size: u64| -> crate::Result<Vec<u8>> {
-        let memory = std::sync::Arc::new(Memory::default());
+        let memory = Memory::default();
         let id = LayerId([7; 16]);
-        let mut builder = Builder::new(
-            std::sync::Arc::clone(&memory),
-            "seed",
-            size,
-            id,
-            LayerId::BASE,
-        )?;
+        let mut builder = Builder::new(memory.clone(), "seed", size, id, LayerId::BASE)?;
         builder.zero(CLUSTER, 5 * CLUSTER)?;
         builder.zero(size - CLUSTER, CLUSTER)?;
         builder.finish()?;

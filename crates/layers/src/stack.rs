@@ -10,7 +10,7 @@ use crate::owners::{Owner, Owners};
 use crate::{CLUSTER, MAX_LAYERS};
 
 /// Bytes of zeros that are written at once where there can be no hole.
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Bytes of the disk that stand one behind the other in one file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

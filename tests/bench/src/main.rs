@@ -25,6 +25,8 @@ use measures::Subject;
 use report::{Report, Samples};
 use vmm::{Binary, Drive, Machine, Vmm};
 
+/// What our VMM is called in the report: it alone has layered drives.
+const OURS: &str = "belljar";
 /// First argument of the process that is an API server and nothing else, for comparison.
 const EMPTY_SERVER: &str = "--empty-server";
 /// The same for all VMMs. They add what they need themselves.
@@ -176,7 +178,7 @@ impl Bench {
             .join(format!("belljar-bench-{}", std::process::id()));
         fs::create_dir(&work).attempt(format!("cannot make {}", work.display()))?;
         let mut vmms = vec![Binary {
-            name: "belljar".to_owned(),
+            name: OURS.to_owned(),
             path: arguments.vmm.clone(),
         }];
         vmms.append(&mut arguments.vs.clone());
@@ -252,7 +254,7 @@ impl Bench {
     fn measure(&mut self) -> Result<()> {
         self.describe()?;
         if self.wants(Group::Block) {
-            for name in ["drive-sync", "drive-async"] {
+            for name in ["drive-sync", "drive-async", "drive-layers"] {
                 fs::write(self.work.join(name), filling()).attempt("cannot fill a drive")?;
             }
         }
@@ -378,6 +380,7 @@ impl Bench {
             path: path.to_owned(),
             read_only,
             engine: "Sync",
+            layer: None,
         };
         // A fresh disk each time: guests are killed with what they have written.
         let fresh = self.work.join("fresh-disk");
@@ -399,18 +402,20 @@ impl Bench {
 
     fn devices(&mut self, binary: &Binary, tracing: bool, all: &mut Vec<Samples>) -> Result<()> {
         let mut vmm = self.start(Command::new(&binary.path))?;
-        let drives = if self.wants(Group::Block) {
-            [("sync", "Sync"), ("async", "Async")]
-                .map(|(id, engine)| Drive {
-                    id,
-                    path: self.work.join(format!("drive-{id}")),
-                    read_only: false,
-                    engine,
-                })
-                .to_vec()
-        } else {
-            Vec::new()
-        };
+        let mut drives = Vec::new();
+        if self.wants(Group::Block) {
+            let drive = |id, engine, layer| Drive {
+                id,
+                path: self.work.join(format!("drive-{id}")),
+                read_only: false,
+                engine,
+                layer,
+            };
+            drives.extend([drive("sync", "Sync", None), drive("async", "Async", None)]);
+            if binary.name == OURS {
+                drives.push(drive("layers", "Sync", Some(self.work.join("layer"))));
+            }
+        }
         vmm.configure(&self.machine, &self.arguments.initrd, &drives)?;
         let mut subject = Subject {
             vmm: &mut vmm,
@@ -424,7 +429,8 @@ impl Bench {
             all.extend(measures::bulk(&subject, 8 << 20)?);
         }
         if self.wants(Group::Block) {
-            all.extend(measures::block(&subject, &["sync", "async"], 256)?);
+            let names: Vec<&str> = drives.iter().map(|drive| drive.id).collect();
+            all.extend(measures::block(&subject, &names, 256)?);
         }
         if self.wants(Group::Memory) {
             all.extend(measures::memory("worked", &vmm, self.machine.memory_mib)?);

@@ -48,6 +48,23 @@ pub(crate) struct Drive {
     pub(crate) read_only: bool,
     /// `Sync` or `Async`.
     pub(crate) engine: &'static str,
+    /// The file of its one layer, which is new each time; only of our own VMM.
+    pub(crate) layer: Option<PathBuf>,
+}
+
+impl Drive {
+    fn document(&self) -> Result<Value> {
+        let mut document = json!({"drive_id": self.id, "path_on_host": self.path, "is_root_device": false,
+            "is_read_only": self.read_only, "io_engine": self.engine});
+        if let Some(layer) = &self.layer {
+            fs::File::create(layer).attempt("cannot make a layer")?;
+            let fields = [("format", json!("layers")), ("layers", json!([layer]))];
+            if let Some(document) = document.as_object_mut() {
+                document.extend(fields.map(|(name, value)| (name.to_owned(), value)));
+            }
+        }
+        Ok(document)
+    }
 }
 
 /// A process with an API that has answered once. Killed when dropped; its directory goes with it.
@@ -118,11 +135,8 @@ impl Vmm {
             &json!({"kernel_image_path": machine.kernel, "initrd_path": initrd, "boot_args": machine.boot_args}),
         )?;
         for drive in drives {
-            self.api.put(
-                &format!("/drives/{}", drive.id),
-                &json!({"drive_id": drive.id, "path_on_host": drive.path, "is_root_device": false,
-                    "is_read_only": drive.read_only, "io_engine": drive.engine}),
-            )?;
+            self.api
+                .put(&format!("/drives/{}", drive.id), &drive.document()?)?;
         }
         let vsock = self.vsock();
         self.api

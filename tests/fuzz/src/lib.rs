@@ -7,6 +7,7 @@
 
 mod decoders;
 mod files;
+mod layers;
 pub mod mutate;
 mod store;
 
@@ -59,6 +60,16 @@ pub const TARGETS: &[Target] = &[
         name: "store-stream",
         run: store::stream,
         seeds: store::stream_seeds,
+    },
+    Target {
+        name: "layer",
+        run: layers::layer,
+        seeds: layers::seeds,
+    },
+    Target {
+        name: "layer-resealed",
+        run: layers::resealed,
+        seeds: layers::seeds,
     },
 ];
 

@@ -7,6 +7,7 @@ use std::path::Path;
 use belljar_e2e::guest::{Guest, Spec};
 use belljar_e2e::vmm::Vmm;
 use belljar_e2e::{eventually, files};
+use belljar_layers::{View, merge};
 use belljar_protocol::v1::shutdown::Mode;
 use serde_json::{Value, json};
 
@@ -181,6 +182,163 @@ else: raise SystemExit('the write went through')",
     assert_eq!(guest.sh("sha256sum </dev/vdb"), sum_of(&path("protected")));
     guest.shutdown(Mode::PowerOff);
     guest.vmm.ends_with(0);
+}
+
+/// Random bytes in random places, many at once, all synced.
+fn scribble(device: &str, seed: u32) -> String {
+    format!(
+        "import os, random, threading
+fd = os.open('{device}', os.O_RDWR)
+def work(n):
+    r = random.Random({seed} * 4 + n)
+    for k in range(200):
+        at = r.randrange(n * 16 << 11, (n + 1) * 16 << 11) * 512
+        os.pwrite(fd, r.randbytes(512 * r.randrange(1, 40))[:(64 << 20) - at], at)
+    os.fsync(fd)
+threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+for t in threads: t.start()
+for t in threads: t.join()"
+    )
+}
+
+/// The sum of a whole device as its host has it, not as the guest's caches do.
+fn direct_sum(guest: &Guest, device: &str) -> String {
+    guest.sh(&format!(
+        "echo 3 >/proc/sys/vm/drop_caches; dd if={device} bs=1M iflag=direct status=none | sha256sum"
+    ))
+}
+
+/// What these layers hold over the drive's image.
+fn layers_sum(vmm: &Vmm, id: &str, layers: &[&str]) -> String {
+    let open = |name: &str| {
+        let file = fs::File::open(vmm.path(&format!("{id}.{name}"))).unwrap();
+        (file, name.to_owned())
+    };
+    let view = View::open(layers.iter().map(|name| open(name)).collect()).unwrap();
+    let view = view.over(open("base").0, "base").unwrap();
+    let flat = vmm.file("flat", 64 * MIB);
+    let mut bytes = vec![0; 64 << 20];
+    view.read(&mut bytes, 0).unwrap();
+    fs::write(&flat, bytes).unwrap();
+    sum_of(&flat)
+}
+
+/// A drive of layers: a snapshot freezes one under the guest, which writes on to the next; both states
+/// stay right, on the host and in the guest, also after two layers became one.
+#[test]
+fn a_layered_drive_keeps_the_state_of_every_snapshot() {
+    const DRIVES: [(&str, &str); 2] = [("/dev/vdb", "sync"), ("/dev/vdc", "ring")];
+    let mut guest = Guest::boot_with(&Spec::default(), |vmm| {
+        for ((_, id), engine) in DRIVES.iter().zip(["Sync", "Async"]) {
+            // An image with something in it, and a hole.
+            vmm.file(&format!("{id}.base"), 64 * MIB);
+            let mut image = noise(3, 8 << 20);
+            image.resize(64 << 20, 0);
+            fs::write(vmm.path(&format!("{id}.base")), image).unwrap();
+            for layer in ["one", "two", "three"] {
+                vmm.write(&format!("{id}.{layer}"), b"");
+            }
+            let more =
+                json!({"format": "layers", "layers": [format!("{id}.one")], "io_engine": engine});
+            add(vmm, id, &vmm.path(&format!("{id}.base")), &more);
+        }
+    });
+    let snapshot = |next: &str| {
+        guest.vmm.patch("/vm", &json!({"state": "Paused"}));
+        let next_layers = json!({"sync": format!("sync.{next}"), "ring": format!("ring.{next}")});
+        guest.vmm.put(
+            "/snapshot/create",
+            &json!({"snapshot_path": "state", "mem_file_path": "ram", "next_layers": next_layers}),
+        );
+        guest.vmm.patch("/vm", &json!({"state": "Resumed"}));
+    };
+    let untouched: Vec<_> = DRIVES
+        .iter()
+        .map(|(_, id)| sum_of(&guest.vmm.path(&format!("{id}.base"))))
+        .collect();
+
+    let mut states: Vec<Vec<String>> = Vec::new();
+    for (round, next) in [(1, "two"), (2, "three")] {
+        let sums = DRIVES.map(|(device, _)| {
+            guest.python(&scribble(device, round));
+            guest.python(&erase(device, 0x1277, u64::from(round) * MIB, 3 * MIB));
+            guest.python(&erase(
+                device,
+                0x127f,
+                u64::from(round) * 5 * MIB + 512,
+                2 * MIB,
+            ));
+            direct_sum(&guest, device)
+        });
+        states.push(sums.to_vec());
+        snapshot(next);
+    }
+    for (device, _) in DRIVES {
+        guest.python(&scribble(device, 3));
+    }
+    for (index, (device, id)) in DRIVES.iter().enumerate() {
+        // What was frozen is what the guest saw then; what it sees now is more.
+        assert_eq!(
+            layers_sum(&guest.vmm, id, &["one"]),
+            states[0][index],
+            "{id}"
+        );
+        assert_eq!(
+            layers_sum(&guest.vmm, id, &["one", "two"]),
+            states[1][index],
+            "{id}"
+        );
+        let now = direct_sum(&guest, device);
+        assert_ne!(now, states[1][index], "{id}");
+        // Two layers become one under the guest, which notices nothing.
+        let open = |name: &str| {
+            let file = fs::File::open(guest.vmm.path(&format!("{id}.{name}"))).unwrap();
+            (file, name.to_owned())
+        };
+        let view = View::open(vec![open("one"), open("two")]).unwrap();
+        let merged = guest.vmm.file(&format!("{id}.merged"), 0);
+        let into = fs::File::options()
+            .read(true)
+            .write(true)
+            .open(merged)
+            .unwrap();
+        merge(&view, into, "merged", &mut |_| Ok(())).unwrap();
+        guest.vmm.patch(
+            &format!("/drives/{id}"),
+            &json!({"drive_id": id, "merged_layers": {"count": 2, "path_on_host": format!("{id}.merged")}}),
+        );
+        assert_eq!(direct_sum(&guest, device), now, "{id}");
+        assert_eq!(
+            layers_sum(&guest.vmm, id, &["merged"]),
+            states[1][index],
+            "{id}"
+        );
+        states[0][index] = now;
+    }
+    guest
+        .vmm
+        .call(
+            "PATCH",
+            "/drives/sync",
+            &json!({"drive_id": "sync", "path_on_host": "sync.base"}),
+        )
+        .refuses(&["merged_layers"]);
+    guest.is_healthy();
+    guest.shutdown(Mode::PowerOff);
+    eventually("the end of the VMM", || guest.vmm.has_ended());
+    for (index, (_, id)) in DRIVES.iter().enumerate() {
+        // Closed by the VMM, so that others can read it.
+        assert_eq!(
+            layers_sum(&guest.vmm, id, &["merged", "three"]),
+            states[0][index],
+            "{id}"
+        );
+        assert_eq!(
+            sum_of(&guest.vmm.path(&format!("{id}.base"))),
+            untouched[index],
+            "{id}"
+        );
+    }
 }
 
 /// What `sha256sum <FILE` prints.

@@ -181,7 +181,7 @@ impl RingLayers {
             }
         }
         for tag in flushing.others {
-            let same = result.as_ref().map(|()| ()).map_err(again);
+            let same = result.as_ref().map_err(again).copied();
             self.finished.push((tag, same));
         }
         self.finished.push((flushing.tag, result));
