@@ -26,6 +26,8 @@ pub struct Layer<M> {
     geometry: Geometry,
     header: Header,
     header_slot: Slot,
+    /// Whether the header is known to survive a power cut. Before that its other copy must not be touched.
+    header_durable: bool,
     /// By page of the map; `None`: never written.
     pages: Vec<Option<Place>>,
 }
@@ -115,6 +117,7 @@ impl<M: Medium> Layer<M> {
             geometry,
             header,
             header_slot,
+            header_durable: false,
             pages: vec![None; geometry.pages as usize],
         };
         let bitmap = layer.read_map()?;
@@ -213,6 +216,9 @@ impl<M: Medium> Layer<M> {
     }
 
     fn put_header(&mut self, state: State) -> Result<()> {
+        if !self.header_durable {
+            self.sync()?;
+        }
         let header = Header {
             state,
             sequence: self.header.sequence + 1,
@@ -228,11 +234,16 @@ impl<M: Medium> Layer<M> {
             .map_err(Error::io(&self.name, "write its header"))?;
         self.header = header;
         self.header_slot = slot;
+        self.header_durable = false;
         Ok(())
     }
 
-    pub(crate) fn sync(&self) -> Result<()> {
-        self.medium.sync().map_err(Error::io(&self.name, "sync it"))
+    pub(crate) fn sync(&mut self) -> Result<()> {
+        self.medium
+            .sync()
+            .map_err(Error::io(&self.name, "sync it"))?;
+        self.header_durable = true;
+        Ok(())
     }
 
     /// Prepares the `dirty` pages of the map for [`Layer::write_batch`]. What they tell has to be

@@ -404,13 +404,13 @@ impl<M: Medium> Stack<M> {
         }
     }
 
-    fn carry_out(&self, flush: &Flush) -> Result<()> {
-        let Some(layer) = self.layers.last() else {
+    fn carry_out(&mut self, flush: &Flush) -> Result<()> {
+        let Some(layer) = self.layers.last_mut() else {
             return Err(Error::None);
         };
         layer.sync()?;
         if flush.has_map() {
-            self.write_flush(flush)?;
+            layer.write_batch(&flush.0)?;
             layer.sync()?;
         }
         Ok(())
@@ -429,9 +429,16 @@ impl<M: Medium> Stack<M> {
                 layer: layer.name().to_owned(),
             });
         }
-        let batch = layer.batch(&top.map, &top.dirty)?;
-        top.dirty.clear();
-        Ok(Flush(batch))
+        match layer.batch(&top.map, &top.dirty) {
+            Ok(batch) => {
+                top.dirty.clear();
+                Ok(Flush(batch))
+            }
+            Err(error) => {
+                top.poisoned = true;
+                Err(error)
+            }
+        }
     }
 
     /// Writes the map, after a sync.
@@ -491,7 +498,7 @@ impl<M: Medium> Stack<M> {
         self.check(&next.layer)?;
         self.settle(State::Frozen)?;
         // Before the next layer has anything: else a power cut could leave one over an unfrozen one.
-        if let Err(error) = self.layers.last().map_or(Ok(()), Layer::sync) {
+        if let Err(error) = self.layers.last_mut().map_or(Ok(()), Layer::sync) {
             self.fail_flush(&Flush(Batch::default()));
             return Err(error);
         }

@@ -16,6 +16,8 @@ enum Step {
     Flush,
     Freeze,
     Close,
+    /// The process ends, and another one goes on; the kernel keeps what was written.
+    Kill,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -27,6 +29,7 @@ fn step() -> impl Strategy<Value = Step> {
         3 => Just(Step::Flush),
         1 => Just(Step::Freeze),
         1 => Just(Step::Close),
+        1 => Just(Step::Kill),
     ]
 }
 
@@ -108,6 +111,7 @@ impl Trial {
                 self.stack.close()?;
                 self.settle();
             }
+            Step::Kill => self.stack = open(&self.base, &self.files)?,
             Step::Freeze => {
                 let top = Forgetful::default();
                 match self.stack.next(top.clone(), "next") {

@@ -192,8 +192,8 @@ fd = os.open('{device}', os.O_RDWR)
 def work(n):
     r = random.Random({seed} * 4 + n)
     for k in range(200):
-        at = r.randrange(n * 16 << 11, (n + 1) * 16 << 11) * 512
-        os.pwrite(fd, r.randbytes(512 * r.randrange(1, 40))[:(64 << 20) - at], at)
+        at = r.randrange(n * 4 << 11, (n + 1) * 4 << 11) * 512
+        os.pwrite(fd, r.randbytes(512 * r.randrange(1, 40))[:(16 << 20) - at], at)
     os.fsync(fd)
 threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
 for t in threads: t.start()
@@ -216,8 +216,8 @@ fn layers_sum(vmm: &Vmm, id: &str, layers: &[&str]) -> String {
     };
     let view = View::open(layers.iter().map(|name| open(name)).collect()).unwrap();
     let view = view.over(open("base").0, "base").unwrap();
-    let flat = vmm.file("flat", 64 * MIB);
-    let mut bytes = vec![0; 64 << 20];
+    let flat = vmm.file("flat", 16 * MIB);
+    let mut bytes = vec![0; 16 << 20];
     view.read(&mut bytes, 0).unwrap();
     fs::write(&flat, bytes).unwrap();
     sum_of(&flat)
@@ -231,9 +231,9 @@ fn a_layered_drive_keeps_the_state_of_every_snapshot() {
     let mut guest = Guest::boot_with(&Spec::default(), |vmm| {
         for ((_, id), engine) in DRIVES.iter().zip(["Sync", "Async"]) {
             // An image with something in it, and a hole.
-            vmm.file(&format!("{id}.base"), 64 * MIB);
-            let mut image = noise(3, 8 << 20);
-            image.resize(64 << 20, 0);
+            vmm.file(&format!("{id}.base"), 16 * MIB);
+            let mut image = noise(3, 2 << 20);
+            image.resize(16 << 20, 0);
             fs::write(vmm.path(&format!("{id}.base")), image).unwrap();
             for layer in ["one", "two", "three"] {
                 vmm.write(&format!("{id}.{layer}"), b"");
