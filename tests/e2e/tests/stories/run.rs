@@ -44,7 +44,7 @@ fn a_time_limit_ends_the_command_with_124() {
     let begin = Instant::now();
     let said = user.run(&[
         "--timeout",
-        "1s",
+        "5s",
         "--",
         "sh",
         "-c",

@@ -97,7 +97,7 @@ fn ports_are_reached_listed_and_waited_for() {
         .is(0, "");
     sandbox.says("wait", &["--port", "8000"]).is(0, "");
     assert_eq!(waiting.wait().code(), 0);
-    let said = sandbox.says("wait", &["--http", "8000/none", "--timeout", "300ms"]);
+    let said = sandbox.says("wait", &["--http", "8000/none", "--timeout", "3s"]);
     assert_eq!(said.code(), 124);
     said.explains(&["status 404"]);
     sandbox
