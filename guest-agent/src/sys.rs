@@ -211,6 +211,26 @@ pub(crate) fn vsock_listen(port: u32, backlog: c_int) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
+/// Lets the other side of a vsock connection send so many bytes ahead of what is read. Other sockets keep
+/// what they have.
+pub(crate) fn widen_vsock(socket: BorrowedFd<'_>, bytes: u64) {
+    // Values of linux/vm_sockets.h; the maximum first, which bounds the other.
+    const SO_VM_SOCKETS_BUFFER_SIZE: c_int = 0;
+    const SO_VM_SOCKETS_BUFFER_MAX_SIZE: c_int = 2;
+    for option in [SO_VM_SOCKETS_BUFFER_MAX_SIZE, SO_VM_SOCKETS_BUFFER_SIZE] {
+        // SAFETY: `bytes` outlives the call and its size is given. It fails for other sockets.
+        unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::AF_VSOCK,
+                option,
+                (&raw const bytes).cast(),
+                size_of::<u64>() as libc::socklen_t,
+            )
+        };
+    }
+}
+
 /// Begins to connect to a vsock port; the socket is writable, or in error, when that is done.
 pub(crate) fn vsock_connect(cid: u32, port: u32) -> io::Result<OwnedFd> {
     let socket = vsock_socket()?;

@@ -338,6 +338,42 @@ fn every_way_of_writing() {
 }
 
 #[test]
+fn nothing_of_longer_content_is_left() {
+    let world = World::new();
+    let old = vec![b'o'; 300_000];
+    fs::write(world.path("file"), &old).unwrap();
+    world
+        .write(world.writing("file", Mode::Truncate), b"new")
+        .unwrap();
+    assert_eq!(world.content("file"), b"new");
+
+    // A hole is zeros, whatever was there.
+    fs::write(world.path("file"), &old).unwrap();
+    let call = world.writing("file", Mode::Truncate);
+    let mut upload = files::write_file(world.agent.connect(), call, Some(PATIENCE)).unwrap();
+    upload.put(b"new").unwrap();
+    upload.hole(100_000).unwrap();
+    upload.finish().unwrap();
+    let mut expected = b"new".to_vec();
+    expected.resize(100_003, 0);
+    assert!(world.content("file") == expected);
+
+    // Cut off in the middle: a beginning of the new content and nothing else.
+    fs::write(world.path("file"), &old).unwrap();
+    let call = world.writing("file", Mode::Truncate);
+    let mut upload = files::write_file(world.agent.connect(), call, Some(PATIENCE)).unwrap();
+    upload.put(b"new").unwrap();
+    upload.flush().unwrap();
+    drop(upload);
+    let late = Instant::now() + PATIENCE;
+    while world.path("file").metadata().unwrap().len() > 3 {
+        assert!(Instant::now() < late, "the old content is still there");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert!(b"new".starts_with(&fs::read(world.path("file")).unwrap()));
+}
+
+#[test]
 fn replacing_is_all_or_nothing() {
     let world = World::new();
     fs::write(world.path("file"), b"old").unwrap();

@@ -23,6 +23,9 @@ const FIRST_READ: usize = 4 << 10;
 /// Bytes of small messages that are sent together.
 const SEND_SIZE: usize = 64 << 10;
 
+/// What the host may have sent that is not read yet, on a connection that carries much.
+const WIDE: u64 = 1 << 20;
+
 /// Why a connection is of no use any more.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConnError {
@@ -94,6 +97,11 @@ impl Conn {
                 };
             }
         }
+    }
+
+    /// For a connection that carries much: the host may send further ahead.
+    pub(crate) fn widen(&self) {
+        crate::sys::widen_vsock(self.fd.as_fd(), WIDE);
     }
 
     /// A frame out of the bytes that are here already.

@@ -154,6 +154,9 @@ pub(super) struct HostFile {
     file: File,
     path: PathBuf,
     position: u64,
+    /// Length of what was there before. It is written over and cut at the end: cutting it first would give
+    /// back pages that are needed again.
+    old: u64,
     is_new: bool,
     is_regular: bool,
     done: bool,
@@ -173,16 +176,18 @@ impl HostFile {
         }
         let is_new = path.symlink_metadata().is_err();
         let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(true).mode(0o600);
+        options.write(true).create(true).truncate(false).mode(0o600);
         if !may_follow {
             options.custom_flags(libc::O_NOFOLLOW);
         }
         let file = options.open(path).map_err(error)?;
-        let is_regular = file.metadata().map_err(error)?.is_file();
+        let info = file.metadata().map_err(error)?;
+        let is_regular = info.is_file();
         Ok(Self {
             file,
             path: path.to_owned(),
             position: 0,
+            old: if is_regular { info.len() } else { 0 },
             is_new,
             is_regular,
             done: false,
@@ -198,8 +203,9 @@ impl HostFile {
             }
             Piece::Data(data) => io::Write::write_all(&mut self.file, data),
             Piece::Hole(length) if self.is_regular => {
+                let cut = self.cut();
                 self.position = self.position.saturating_add(*length);
-                Ok(())
+                cut
             }
             Piece::Hole(length) => {
                 io::copy(&mut io::repeat(0).take(*length), &mut self.file).map(drop)
@@ -209,9 +215,19 @@ impl HostFile {
         written.map_err(|source| failed("write", &self.path, source))
     }
 
+    /// Nothing of what was there before is left behind the position.
+    fn cut(&mut self) -> io::Result<()> {
+        if std::mem::take(&mut self.old) > self.position {
+            self.file.set_len(self.position)?;
+        }
+        Ok(())
+    }
+
     /// Mode (of a new file) and time are the guest's.
     pub(super) fn finish(mut self, info: &v1::FileInfo) -> Result<(), CopyError> {
+        let cut = self.cut();
         let error = |source| failed("write", &self.path, source);
+        cut.map_err(error)?;
         if self.is_regular {
             let size = self.file.metadata().map_err(error)?.len();
             if size < self.position {
@@ -243,6 +259,58 @@ impl Drop for HostFile {
         if self.is_new && self.is_regular && !self.done {
             // Half a file helps nobody; the failure is told by whoever has it.
             let _ = std::fs::remove_file(&self.path);
+        } else if !self.done {
+            // A beginning of the new content, and nothing of the old.
+            let _ = self.cut();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(path: &Path, pieces: &[Piece<'_>], finish: bool) {
+        let mut file = HostFile::create(path, true).unwrap();
+        for piece in pieces {
+            file.take(piece).unwrap();
+        }
+        if finish {
+            file.finish(&v1::FileInfo::default()).unwrap();
+        }
+    }
+
+    #[test]
+    fn nothing_of_longer_content_is_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let old = [b'o'; 10_000];
+        std::fs::write(&path, old).unwrap();
+        write(&path, &[Piece::Data(b"new")], true);
+        assert_eq!(std::fs::read(&path).unwrap(), b"new");
+
+        std::fs::write(&path, old).unwrap();
+        let pieces = [Piece::Data(b"a"), Piece::Hole(5000), Piece::Data(b"z")];
+        write(&path, &pieces, true);
+        let mut expected = vec![0; 5002];
+        expected[0] = b'a';
+        expected[5001] = b'z';
+        assert_eq!(std::fs::read(&path).unwrap(), expected);
+
+        std::fs::write(&path, old).unwrap();
+        write(&path, &[Piece::Data(b"half")], false);
+        assert_eq!(std::fs::read(&path).unwrap(), b"half");
+
+        std::fs::write(&path, old).unwrap();
+        write(&path, &[], true);
+        assert_eq!(std::fs::read(&path).unwrap(), b"");
+    }
+
+    #[test]
+    fn half_a_file_that_was_made_for_it_goes_away() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        write(&path, &[Piece::Data(b"half")], false);
+        assert!(!path.exists());
     }
 }

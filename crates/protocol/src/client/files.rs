@@ -14,6 +14,9 @@ use crate::transfer::{
 };
 use crate::v1::{self, file_chunk, reply::Result as Answer, request::Call};
 
+/// Bytes that may wait in the socket of an upload. Linux gives less if it is set up so.
+const SEND_BUFFER: usize = 1 << 20;
+
 /// Makes a function for a call with a single reply.
 macro_rules! simple {
     ($(#[$doc:meta])* $name:ident, $call:ident($message:ident) -> $answer:ident($result:ident)) => {
@@ -242,6 +245,8 @@ impl<S: Stream + AsFd> Upload<S> {
         }
         let limited = connection.stream.limit_writes(idle);
         limited.map_err(|source| CallError::Io { doing, source })?;
+        // Fewer turns between the two ends; without it the transfer is slower, and nothing else.
+        let _ = rustix::net::sockopt::set_socket_send_buffer_size(&connection.stream, SEND_BUFFER);
         Ok(Self {
             connection,
             buffer: ChunkBuffer::new(),

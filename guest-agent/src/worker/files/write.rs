@@ -39,6 +39,7 @@ pub(super) fn write(context: &Context, conn: &mut Conn, call: &v1::WriteFile) ->
         make::directories(&rights, &above, None, owner)?;
     }
     let mut target = Target::open(&rights, &path, call)?;
+    conn.widen();
     conn.send(&context.head(Answer::WriteFile(v1::WriteStarted {})))?;
     let received = receive(conn, |piece| match piece {
         Piece::Data(data) => target.put(data),
@@ -159,10 +160,22 @@ struct Target {
     /// Mode and owner of the file whose place it takes.
     old: Option<(u32, u32, u32)>,
     appends: bool,
-    /// Bytes that were there before and stay: only in them holes must be made.
+    /// Bytes that were there before: only in them holes must be made.
     kept: u64,
+    /// What was there before goes at the end, as far as it is not written over. Cutting the file first
+    /// would have ext4 write it out when it is closed, and give back pages that are needed again.
+    cuts: bool,
     position: u64,
     taken: u64,
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        if self.cuts {
+            // A transfer that failed leaves a beginning of the new content, and nothing of the old.
+            let _ = ftruncate(&self.file, self.position);
+        }
+    }
 }
 
 impl Target {
@@ -181,11 +194,9 @@ impl Target {
     ) -> Result<Self, v1::Error> {
         let error = |errno| failed("write", path, errno);
         let mut flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
-        flags |= match mode {
-            write_file::Mode::Truncate => OFlags::TRUNC,
-            write_file::Mode::Append => OFlags::APPEND,
-            _ => OFlags::empty(),
-        };
+        if mode == write_file::Mode::Append {
+            flags |= OFlags::APPEND;
+        }
         let (file, is_new) = match rights.find(path, !call.no_follow) {
             Ok(found) => {
                 let what = info::of_descriptor(found.as_fd()).map_err(error)?;
@@ -218,6 +229,7 @@ impl Target {
             old: None,
             appends,
             kept: if appends { 0 } else { size },
+            cuts: mode == write_file::Mode::Truncate && size > 0,
             position,
             taken: 0,
         })
@@ -274,6 +286,7 @@ impl Target {
             old,
             appends: false,
             kept: 0,
+            cuts: false,
             position: 0,
             taken: 0,
         })
@@ -327,10 +340,11 @@ impl Target {
     fn finish(mut self, call: &v1::WriteFile, owner: Owner) -> Result<u64, Errno> {
         if !self.appends {
             let size = u64::try_from(fstat(&self.file)?.st_size).unwrap_or(0);
-            // The last piece was a hole.
-            if size < self.position && self.taken > 0 {
+            // The last piece was a hole, or something longer was there.
+            if (size < self.position && self.taken > 0) || (self.cuts && size > self.position) {
                 ftruncate(&self.file, self.position)?;
             }
+            self.cuts = false;
         }
         if self.is_new || call.set_permissions {
             owner.apply_to(self.file.as_fd())?;
