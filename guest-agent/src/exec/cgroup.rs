@@ -1,8 +1,8 @@
 //! A cgroup (version 2) for every program: what it starts cannot leave it, so killing it leaves no
 //! descendant, and the kernel says there when it ran out of memory.
 //!
-//! Making a cgroup takes longer than starting a program, so some are kept ready; making and removing
-//! happen while the agent is idle. None is used twice: a program that may write to its cgroup (frozen,
+//! Making a cgroup and removing it take a third of the time of starting a program, so some are kept ready;
+//! making and removing happen in batches, while no program is started. None is used twice: a program that may write to its cgroup (frozen,
 //! threaded, with children or limits of its own) must not hand that on to the next one, and once
 //! `cgroup.kill` was written, Linux (seen on 6.18) kills everything that `clone3` starts in it, too.
 
@@ -18,8 +18,14 @@ use rustix::io::Errno;
 /// Holds the cgroups of all programs, so that they can be frozen together.
 const USER: &str = "user";
 
-/// Fresh cgroups kept for the next programs.
-const KEPT: usize = 2;
+/// Fresh cgroups kept for the next programs. Each takes some 16 KiB of the kernel's memory.
+const KEPT: usize = 8;
+
+/// The same in a guest of next to no memory.
+const KEPT_IF_SMALL: usize = 2;
+
+/// Memory of a guest that has enough, bytes.
+const ENOUGH_MEMORY: u64 = 96 << 20;
 
 /// Cgroups with survivors that are looked at in one go.
 const LOOKED_AT: usize = 4;
@@ -102,12 +108,17 @@ impl Leaf {
 
     /// CPU time of all that ever ran in it, and memory. 0: not known.
     pub(crate) fn usage(&self) -> Usage {
-        let read = |name| read_number(&self.folder, name).unwrap_or(0);
+        let read = |name| read_number(&self.folder, name);
+        let pids = read("pids.current");
         Usage {
             cpu_us: read_key(&self.folder, "cpu.stat", "usage_usec").unwrap_or(0),
-            memory: read("memory.current"),
-            memory_peak: read("memory.peak"),
-            pids: u32::try_from(read("pids.current")).unwrap_or(u32::MAX),
+            // What is still charged when nothing lives in it is the page cache of its files.
+            memory: match pids {
+                Some(0) => 0,
+                _ => read("memory.current").unwrap_or(0),
+            },
+            memory_peak: read("memory.peak").unwrap_or(0),
+            pids: u32::try_from(pids.unwrap_or(0)).unwrap_or(u32::MAX),
         }
     }
 
@@ -134,6 +145,8 @@ pub(crate) struct Cgroups {
     oom_kills: u64,
     next: u64,
     idle: Vec<Leaf>,
+    /// How many of those there are to be.
+    kept: usize,
     /// Their program has ended, but something in them lives on.
     occupied: VecDeque<u64>,
 }
@@ -148,7 +161,8 @@ impl Cgroups {
         make_folder(&root, USER)?;
         let user = open_folder(&root, USER)?;
         enable(&user);
-        reserve(&user);
+        let ram = ram();
+        reserve(&user, ram);
         Ok(Self {
             memory_events: watch(&format!("{path}/memory.events")),
             oom_kills: oom_kills(&user),
@@ -156,6 +170,10 @@ impl Cgroups {
             path,
             next: 0,
             idle: Vec::new(),
+            kept: match ram < ENOUGH_MEMORY {
+                true => KEPT_IF_SMALL,
+                false => KEPT,
+            },
             occupied: VecDeque::new(),
         })
     }
@@ -207,21 +225,43 @@ impl Cgroups {
         }
     }
 
-    /// Takes a cgroup back whose program has ended, or did not get to run.
+    /// Whether the next program has to wait for its cgroup to be made.
+    pub(crate) const fn has_none_ready(&self) -> bool {
+        self.idle.is_empty()
+    }
+
+    /// Takes a cgroup back that nobody asks for any more.
     pub(crate) fn give_back(&mut self, leaf: &Leaf) {
-        self.remove(leaf.number);
+        if !self.remove(leaf) {
+            self.occupied.push_back(leaf.number);
+        }
+    }
+
+    /// Removes the cgroup of a program that has ended; false: something lives in it.
+    pub(crate) fn remove_if_empty(&mut self, leaf: &Leaf) -> bool {
+        if self.remove(leaf) {
+            return true;
+        }
+        if leaf.is_populated() {
+            return false;
+        }
+        // Someone in the guest has made others in it.
+        self.occupied.push_back(leaf.number);
+        true
     }
 
     /// Work for idle times: keeps fresh cgroups ready, and removes those whose last process has
     /// ended.
     pub(crate) fn tidy(&mut self) {
-        while self.idle.len() < KEPT {
+        while self.idle.len() < self.kept {
             let Ok(leaf) = self.make() else { break };
             self.idle.push(leaf);
         }
         for _ in 0..self.occupied.len().min(LOOKED_AT) {
-            if let Some(number) = self.occupied.pop_front() {
-                self.remove(number);
+            if let Some(number) = self.occupied.pop_front()
+                && !self.remove_numbered(number)
+            {
+                self.occupied.push_back(number);
             }
         }
     }
@@ -247,20 +287,27 @@ impl Cgroups {
         }
     }
 
-    fn remove(&mut self, number: u64) {
-        let name = number.to_string();
-        if rustix::fs::unlinkat(&self.user, &*name, AtFlags::REMOVEDIR) == Err(Errno::BUSY) {
-            self.occupied.push_back(number);
-        }
+    fn remove(&self, leaf: &Leaf) -> bool {
+        self.remove_numbered(leaf.number)
     }
+
+    /// False: it is not empty.
+    fn remove_numbered(&self, number: u64) -> bool {
+        let name = number.to_string();
+        rustix::fs::unlinkat(&self.user, &*name, AtFlags::REMOVEDIR) != Err(Errno::BUSY)
+    }
+}
+
+/// The guest's memory, bytes.
+fn ram() -> u64 {
+    let info = rustix::system::sysinfo();
+    info.totalram
+        .saturating_mul(u64::from(info.mem_unit.max(1)))
 }
 
 /// Keeps back from the programs what holder, worker and kernel need to answer under any load: some
 /// memory and some process numbers. And under full load the CPU is the agent's first.
-fn reserve(user: &OwnedFd) {
-    let info = rustix::system::sysinfo();
-    let unit = u64::from(info.mem_unit.max(1));
-    let ram = info.totalram.saturating_mul(unit);
+fn reserve(user: &OwnedFd, ram: u64) {
     // Of a guest that has next to none, the larger part is still the programs'.
     let kept = (ram / 16).clamp(12 << 20, 64 << 20).min(ram / 4);
     let memory = ram.saturating_sub(kept);

@@ -37,8 +37,10 @@ impl Holder {
         } else if self.take_start(reaped) {
             // A program that did not get to run, or not for long.
         } else {
-            // Somebody's orphan: its cgroup may be empty now.
-            self.untidy = true;
+            // Somebody's orphan: its cgroup may be empty now. There may be many of them, all the time.
+            if self.tidy_at.is_none() {
+                self.note_untidy();
+            }
         }
     }
 
@@ -78,11 +80,12 @@ impl Holder {
             self.timers.insert((at, id));
         }
         // The cgroup is looked at when there is time.
-        if process.leaf.is_some() {
-            self.emptied.push(id);
-            self.untidy = true;
-        }
+        let has_leaf = process.leaf.is_some();
         let name = process.name.clone();
+        if has_leaf {
+            self.emptied.push(id);
+            self.note_untidy_end();
+        }
         let out_of_memory = matches!(end.how, Some(v1::end::How::OutOfMemory(_)));
         self.drive(id);
         self.tell_waiters(id);
@@ -175,20 +178,23 @@ impl Holder {
         }
         if process.leaf.is_some() {
             self.returned.extend(process.leaf);
-            self.untidy = true;
+            self.note_untidy();
         }
     }
 
-    /// Takes back the cgroups of processes that have ended and left nothing behind.
+    /// Removes the cgroups of processes that have ended and left nothing behind.
     pub(super) fn collect_leaves(&mut self) {
+        let Some(cgroups) = &mut self.cgroups else {
+            return;
+        };
         let mut populated = Vec::new();
         for id in std::mem::take(&mut self.emptied) {
             let Some(process) = self.table.get_mut(id) else {
                 continue;
             };
             match &process.leaf {
-                Some(leaf) if leaf.is_populated() => populated.push(id),
-                _ => self.returned.extend(process.leaf.take()),
+                Some(leaf) if !cgroups.remove_if_empty(leaf) => populated.push(id),
+                _ => process.leaf = None,
             }
         }
         self.emptied = populated;

@@ -52,6 +52,9 @@ const SCRATCH: usize = 64 << 10;
 /// Channels at a time: one for each call, so as many as the worker has threads, and some.
 const MAX_CHANNELS: usize = 2048;
 
+/// No program has been started or has ended for so long: there is time to tidy up.
+const QUIET: Duration = Duration::from_millis(2);
+
 /// How often programs are looked at whose start takes long.
 const START_PAUSE: Duration = Duration::from_millis(3);
 
@@ -123,8 +126,8 @@ pub(crate) struct Holder {
     emptied: Vec<u64>,
     /// Cgroups whose program has ended.
     returned: Vec<Leaf>,
-    /// There is something to tidy up when nothing else is to be done.
-    untidy: bool,
+    /// When to tidy up, if there is something.
+    tidy_at: Option<Instant>,
     /// For what programs write, and for what the worker sends.
     scratch: Vec<u8>,
     inbox: Vec<u8>,
@@ -190,7 +193,7 @@ impl Holder {
             abandoned: Abandoned::default(),
             emptied: Vec::new(),
             returned: Vec::new(),
-            untidy: true,
+            tidy_at: Some(Instant::now()),
             scratch: vec![0; SCRATCH],
             inbox: vec![0; SCRATCH],
             announcement: None,
@@ -229,7 +232,6 @@ impl Holder {
             events.clear();
             let timeout = self.timeout();
             match epoll::wait(&self.epoll, spare_capacity(&mut events), timeout.as_ref()) {
-                Ok(0) if self.untidy => self.tidy(),
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => {
                     crate::log!("epoll_wait failed: {error}");
@@ -316,11 +318,15 @@ impl Holder {
         }
         self.check_starting();
         self.tick_shutdown(now);
+        if self.tidy_at.is_some_and(|at| at <= now) {
+            self.tidy();
+        }
     }
 
     /// How long nothing is due. Zero while processes wait for a turn or there is tidying to do.
     fn timeout(&self) -> Option<Timespec> {
-        if !self.again.is_empty() || self.untidy {
+        let is_untidy = self.tidy_at.is_some_and(|at| at <= Instant::now());
+        if !self.again.is_empty() || is_untidy {
             return Some(Timespec {
                 tv_sec: 0,
                 tv_nsec: 0,
@@ -339,6 +345,7 @@ impl Holder {
                     .and_then(|_| Instant::now().checked_add(START_PAUSE)),
             )
             .chain(self.stopping.as_ref().map(Stopping::wakes_at))
+            .chain(self.tidy_at)
             .min()?;
         let left = next.saturating_duration_since(Instant::now());
         // Rounded up by a millisecond: the system's resolution here, and waking early would spin.
@@ -346,8 +353,23 @@ impl Holder {
         Timespec::try_from(left).ok()
     }
 
+    /// There is something to tidy up. What that takes is taken from whoever starts a program next, so it
+    /// waits until nobody does, or until there is no cgroup left to start one in.
+    fn note_untidy(&mut self) {
+        self.tidy_at = Instant::now().checked_add(QUIET);
+    }
+
+    /// The same, after the end of a program.
+    fn note_untidy_end(&mut self) {
+        let is_due = self.cgroups.as_ref().is_some_and(Cgroups::has_none_ready);
+        match is_due {
+            true => self.tidy_at = Some(Instant::now()),
+            false => self.note_untidy(),
+        }
+    }
+
     fn tidy(&mut self) {
-        self.untidy = false;
+        self.tidy_at = None;
         self.collect_leaves();
         if let Some(cgroups) = &mut self.cgroups {
             for leaf in self.returned.drain(..) {

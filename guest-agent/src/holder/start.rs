@@ -167,7 +167,7 @@ impl Holder {
             patience,
         );
         drop(child);
-        self.untidy = true;
+        self.note_untidy();
         let prepared = Prepared {
             channel,
             start,
@@ -220,7 +220,7 @@ impl Holder {
             Ok(Err(failure)) => {
                 let name = prepared.start.name.clone();
                 self.returned.extend(prepared.leaf);
-                self.untidy = true;
+                self.note_untidy();
                 if let Some(channel) = self.channels.get_mut(&channel) {
                     channel.role = Role::Idle;
                 }

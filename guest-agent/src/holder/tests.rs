@@ -152,7 +152,7 @@ fn action() -> impl Strategy<Value = Action> {
 
 /// One round of the loop, without waiting.
 pub(super) fn turn(holder: &mut Holder) {
-    holder.untidy = true;
+    holder.tidy_at = Some(Instant::now());
     let mut events = Vec::with_capacity(64);
     let timeout = holder.timeout();
     let waited = epoll::wait(&holder.epoll, spare_capacity(&mut events), timeout.as_ref());
