@@ -4,10 +4,12 @@ mod counters;
 mod failure;
 mod http;
 mod measures;
+mod overload;
 mod report;
 mod session;
 mod stats;
 mod vmm;
+mod waits;
 
 use std::ffi::OsString;
 use std::fs;
@@ -50,8 +52,10 @@ enum Group {
     Bulk,
     /// Direct reads and writes of drives, both engines.
     Block,
-    /// A sandbox by the command line: exec, terminal, copies, listings. Of this project's VMM only.
+    /// A sandbox by the command line: exec, terminal, waits, copies, listings. Of this project's VMM only.
     Session,
+    /// Pings of a sandbox that is full of something. Of this project's VMM only, and only if it is asked for.
+    Overload,
 }
 
 /// Measures a VMM, and others beside it in the same run. Started by tests/bench/run, which builds all it needs.
@@ -99,6 +103,9 @@ struct Arguments {
     /// Guest memory
     #[arg(long, value_name = "MIB", default_value_t = 128)]
     memory: u64,
+    /// Terminals that are opened by the group `overload`
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    terminals: usize,
     /// Guest vCPUs
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u32,
@@ -306,6 +313,9 @@ impl Bench {
         if self.wants(Group::Session) && (tracing || run < self.arguments.runs.div_ceil(3)) {
             self.session(run, tracing)?;
         }
+        if self.arguments.only.contains(&Group::Overload) && !tracing {
+            self.overload(run)?;
+        }
         for binary in &vmms {
             let samples = self
                 .one(binary, run, tracing)
@@ -440,10 +450,36 @@ impl Bench {
 
     /// A sandbox of the first VMM, which must be this project's.
     fn session(&mut self, run: u32, tracing: bool) -> Result<()> {
-        let (Some(belljar), Some(tool)) = (&self.arguments.belljar, &self.arguments.tool) else {
+        let Some((name, programs)) = self.programs(&format!("session-{run}"))? else {
             return Ok(());
         };
-        let work = self.work.join(format!("session-{run}"));
+        let samples = session::measure(&programs, 40)?;
+        let _ = fs::remove_dir_all(programs.work);
+        for samples in samples {
+            self.report.add(&name, run, tracing, &samples)?;
+        }
+        Ok(())
+    }
+
+    /// One more of them, which is overloaded.
+    fn overload(&mut self, run: u32) -> Result<()> {
+        let Some((name, programs)) = self.programs(&format!("overload-{run}"))? else {
+            return Ok(());
+        };
+        let samples = overload::measure(&programs, self.arguments.terminals)?;
+        let _ = fs::remove_dir_all(programs.work);
+        for samples in samples {
+            self.report.add(&name, run, false, &samples)?;
+        }
+        Ok(())
+    }
+
+    /// What a sandbox is made of, in a directory of its own, and the name of its VMM.
+    fn programs(&self, folder: &str) -> Result<Option<(String, session::Programs)>> {
+        let (Some(belljar), Some(tool)) = (&self.arguments.belljar, &self.arguments.tool) else {
+            return Ok(None);
+        };
+        let work = self.work.join(folder);
         let assets = work.join("assets");
         fs::create_dir_all(&assets).attempt("cannot make a directory for assets")?;
         let parts = [
@@ -459,21 +495,16 @@ impl Bench {
             }
         }
         let Some(vmm) = self.vmms.first().cloned() else {
-            return Ok(());
+            return Ok(None);
         };
         let programs = session::Programs {
             belljar: belljar.clone(),
             vmm: vmm.path,
             assets,
             tool: tool.clone(),
-            work: work.clone(),
+            work,
         };
-        let samples = session::measure(&programs, 40)?;
-        let _ = fs::remove_dir_all(work);
-        for samples in samples {
-            self.report.add(&vmm.name, run, tracing, &samples)?;
-        }
-        Ok(())
+        Ok(Some((vmm.name, programs)))
     }
 
     fn start(&mut self, command: Command) -> Result<Vmm> {

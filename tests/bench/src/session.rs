@@ -20,7 +20,7 @@ use crate::report::Samples;
 const PATIENCE: Duration = Duration::from_secs(60);
 const NAME: &str = "bench";
 /// Where the guest keeps this benchmark's program.
-const TOOL: &str = "/root/tool";
+pub(crate) const TOOL: &str = "/root/tool";
 const COPIED_MIB: usize = 64;
 const ENTRIES: usize = 10_000;
 /// Operations before the measured ones.
@@ -40,7 +40,7 @@ pub(crate) struct Programs {
 }
 
 /// A sandbox of its own, removed when dropped.
-struct Sandbox<'a> {
+pub(crate) struct Sandbox<'a> {
     programs: &'a Programs,
     socket: PathBuf,
 }
@@ -55,24 +55,25 @@ pub(crate) fn measure(programs: &Programs, count: usize) -> Result<Vec<Samples>>
     all.push(sandbox.exec(count)?);
     all.push(sandbox.command_line(count)?);
     all.push(sandbox.key(count)?);
+    all.extend(crate::waits::measure(&sandbox, count)?);
     all.extend(sandbox.copies()?);
     all.extend(sandbox.listings()?);
     Ok(all)
 }
 
-fn us(time: Duration) -> f64 {
+pub(crate) fn us(time: Duration) -> f64 {
     time.as_secs_f64() * 1e6
 }
 
-fn ms(time: Duration) -> f64 {
+pub(crate) fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
-fn soon() -> Option<Instant> {
+pub(crate) fn soon() -> Option<Instant> {
     Instant::now().checked_add(PATIENCE)
 }
 
-fn argv(words: &[&str]) -> v1::Exec {
+pub(crate) fn argv(words: &[&str]) -> v1::Exec {
     v1::Exec {
         argv: words.iter().map(|word| word.as_bytes().to_vec()).collect(),
         ..v1::Exec::default()
@@ -114,7 +115,7 @@ fn repeat(
 }
 
 impl<'a> Sandbox<'a> {
-    fn start(programs: &'a Programs) -> Result<Self> {
+    pub(crate) fn start(programs: &'a Programs) -> Result<Self> {
         let mut sandbox = Self {
             programs,
             socket: PathBuf::new(),
@@ -170,12 +171,12 @@ impl<'a> Sandbox<'a> {
         )))
     }
 
-    fn connect(&self) -> Result<UnixStream> {
+    pub(crate) fn connect(&self) -> Result<UnixStream> {
         hybrid::connect(&self.socket, AGENT_PORT, Instant::now() + PATIENCE)
             .attempt("cannot connect to the agent")
     }
 
-    fn start_program(&self, exec: v1::Exec) -> Result<Exec<UnixStream>> {
+    pub(crate) fn start_program(&self, exec: v1::Exec) -> Result<Exec<UnixStream>> {
         Exec::start(self.connect()?, exec, soon()).attempt("exec")
     }
 
@@ -256,7 +257,7 @@ impl<'a> Sandbox<'a> {
         })
     }
 
-    /// `belljar cp` as a whole process, both ways; the bytes are compared.
+    /// `belljar cp` as a whole process, both ways, to a new file and over an old one; the bytes are compared.
     fn copies(&self) -> Result<Vec<Samples>> {
         let rate = |time: Duration| COPIED_MIB as f64 / time.as_secs_f64();
         let (here, back) = (
@@ -270,6 +271,24 @@ impl<'a> Sandbox<'a> {
         .attempt("cannot write a file to copy")?;
         let (from, to) = (here.to_string_lossy(), back.to_string_lossy());
         let inside = format!("{NAME}:/root/copied");
+        let [mut into_new, mut out_to_new] =
+            ["session.cp_to_guest.new", "session.cp_from_guest.new"].map(|measure| Samples {
+                measure: measure.to_owned(),
+                unit: "MiB/s",
+                values: Vec::new(),
+                counts: None,
+            });
+        for number in 0..3 {
+            let inside = format!("{NAME}:/root/copied-{number}");
+            let start = Instant::now();
+            self.says(&["cp", &from, &inside])?;
+            into_new.values.push(rate(start.elapsed()));
+            let _ = fs::remove_file(&back);
+            let start = Instant::now();
+            self.says(&["cp", &inside, &to])?;
+            out_to_new.values.push(rate(start.elapsed()));
+            self.says(&["exec", NAME, "--", "rm", &format!("/root/copied-{number}")])?;
+        }
         let into_guest = repeat("session.cp_to_guest", "MiB/s", 3, rate, || {
             self.says(&["cp", &from, &inside])
         })?;
@@ -279,7 +298,7 @@ impl<'a> Sandbox<'a> {
         if !same(&here, &back)? {
             return Err(Failure("the copy differs from its source".to_owned()));
         }
-        Ok(vec![into_guest, out_of_guest])
+        Ok(vec![into_new, out_to_new, into_guest, out_of_guest])
     }
 
     /// A directory with [`ENTRIES`] files, names alone and with everything about each.

@@ -21,6 +21,7 @@ fn main() {
     match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["--true"] => return,
         ["--spawn", count] => return spawn(count.parse().unwrap_or(0)),
+        ["--listen", port] => return listen(port.parse().unwrap_or(0)),
         _ => {}
     }
     // A guest that cannot talk has nobody to tell; the host notices its silence.
@@ -51,6 +52,16 @@ fn spawn(count: u32) {
             }
         }
     }
+}
+
+/// Listens on a TCP port once it gets a byte, until its input ends.
+fn listen(port: u16) {
+    let mut input = io::stdin();
+    let mut byte = [0];
+    // Whoever waits for the port notices if one of these fails.
+    let _ = input.read(&mut byte);
+    let _listener = std::net::TcpListener::bind(("127.0.0.1", port));
+    let _ = input.read(&mut byte);
 }
 
 fn serve(init_ns: u64) -> io::Result<()> {
