@@ -350,11 +350,10 @@ fn a_keeper_that_is_killed_at_any_moment_leaves_whole_snapshots_only() {
                 std::thread::sleep(delay);
                 place.kill();
             });
-            let (_, files) = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                begin(&mut client, "")
-            })) {
-                Ok(begun) => begun,
-                Err(_) => return killer.join(),
+            let begun =
+                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| begin(&mut client, "")));
+            let Ok((_, files)) = begun else {
+                return killer.join();
             };
             files[1].set_len(8 * MIB).unwrap();
             files[1]

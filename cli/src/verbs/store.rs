@@ -372,6 +372,12 @@ fn rm(args: &Rm) -> u8 {
         if args.force {
             let found = stores.describe(word)?.snapshot.unwrap_or_default();
             snapshot.clone_from(&found.id);
+            if live.contains(&found.id) {
+                return Err(Failure::with_remedy(
+                    format!("snapshot {snapshot} is kept: a sandbox comes from it"),
+                    "'belljar inspect' tells a sandbox's origin; remove the sandbox first",
+                ));
+            }
             stores.mark(&found.id, vec![], found.tags, [].into(), Some(false))?;
         }
         stores.remove(&snapshot, live.clone())?;

@@ -7,6 +7,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use rustix::fs::{Mode, OFlags};
+
 use super::locked;
 
 /// Which file, in which state: device, inode, bytes, change time in nanoseconds.
@@ -35,7 +37,12 @@ impl Digests {
     /// # Errors
     /// It cannot be read.
     pub(super) fn of(&self, path: &Path) -> io::Result<String> {
-        let file = File::open(path)?;
+        // Whoever wrote a snapshot chose the path: a pipe must not stop the keeper, nor an endless device.
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::other("it is not a regular file"));
+        }
         let key = key(&file)?;
         if let Some(known) = locked(&self.known).get(&key) {
             return Ok(known.clone());
@@ -105,6 +112,8 @@ mod tests {
         std::fs::write(&file, b"three").unwrap();
         assert_ne!(digests.of(&file).unwrap(), one);
         assert!(digests.of(&dir.path().join("none")).is_err());
+        assert!(digests.of(Path::new("/dev/zero")).is_err());
+        assert!(digests.of(dir.path()).is_err());
         for bad in ["", "1 2 3 4", "1 2 3 x 00", "1 2 3 4 zz", &"9 ".repeat(9)] {
             assert_eq!(parse(bad), None, "{bad}");
         }

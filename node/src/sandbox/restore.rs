@@ -62,15 +62,22 @@ impl Sandbox {
         let mut api = self.connect_api(limits, deadline)?;
         stages.mark("VMM process");
         let console = json!({"socket_path": state::CONSOLE_SOCKET}).to_string();
+        let (drives, files) = overrides(spec)?;
         let load = json!({
             "snapshot_path": "fd:state",
             "mem_backend": {"backend_type": "File", "backend_path": "fd:memory"},
             "resume_vm": true,
             "vsock_override": {"uds_path": state::VSOCK_SOCKET},
-            "drive_overrides": overrides(spec)?,
+            "drive_overrides": drives,
+            "only_overrides": true,
         })
         .to_string();
-        let descriptors = [("state", state.as_fd()), ("memory", memory.as_fd())];
+        let mut descriptors = vec![("state", state.as_fd()), ("memory", memory.as_fd())];
+        descriptors.extend(
+            files
+                .iter()
+                .map(|(name, file)| (name.as_str(), file.as_fd())),
+        );
         let loaded = vmm::request(&mut api, "PUT", "/console", console.as_bytes(), deadline)
             .and_then(|_| {
                 let call = ("PUT", "/snapshot/load");
@@ -133,13 +140,25 @@ impl Sandbox {
     }
 }
 
-/// Drives are found by name: what a path meant where the snapshot was taken it need not mean here.
-fn overrides(spec: &SandboxSpec) -> Result<Vec<serde_json::Value>, BootError> {
-    let drives = plan::drives(spec)?;
-    Ok(drives
-        .into_iter()
-        .map(|drive| json!({"drive_id": drive.drive_id, "path_on_host": drive.path_on_host}))
-        .collect())
+/// Drives are found by name: what a path meant where the snapshot was taken it need not mean here. What must
+/// not be written is given as a descriptor for reading, whatever the snapshot says about it.
+fn overrides(
+    spec: &SandboxSpec,
+) -> Result<(Vec<serde_json::Value>, Vec<(String, File)>), BootError> {
+    let mut files = Vec::new();
+    let mut all = Vec::new();
+    for drive in plan::drives(spec)? {
+        let mut path = drive.path_on_host;
+        if drive.is_read_only {
+            let file = File::open(&path).map_err(|error| {
+                BootError::Invalid(format!("cannot read drive '{}': {error}", drive.drive_id))
+            })?;
+            files.push((drive.drive_id.clone(), file));
+            path = format!("fd:{}", drive.drive_id);
+        }
+        all.push(json!({"drive_id": drive.drive_id, "path_on_host": path}));
+    }
+    Ok((all, files))
 }
 
 /// Who the guest is now.

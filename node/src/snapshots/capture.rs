@@ -11,8 +11,9 @@ use belljar_keeper::v1::{self as keeper, reply::Result as Answer, request::Call}
 use belljar_protocol::client::system;
 use rustix::fs::FlockOperation;
 
+use super::SnapshotError;
 use super::error::io_failed;
-use super::{Saved, SnapshotError};
+use super::saved::{Saved, base_files};
 use crate::disk::copy_into;
 use crate::lifecycle;
 use crate::registry::{Found, State};
@@ -144,18 +145,12 @@ fn keep(
     }
 }
 
-/// Files that are not in the snapshot and must be the same at a restore, by drive.
+/// Files that are not in the snapshot and must be the same at a restore.
 fn base_images(spec: &SandboxSpec) -> BTreeMap<String, String> {
-    let path = |path: &std::path::Path| path.to_string_lossy().into_owned();
-    let image = spec.image.iter().map(|of| ("image".to_owned(), path(of)));
-    let drives = spec.drives.iter().enumerate().map(|(index, drive)| {
-        let id = drive.id.clone();
-        (
-            id.unwrap_or_else(|| format!("drive{index}")),
-            path(&drive.path),
-        )
-    });
-    image.chain(drives).collect()
+    let files = base_files(spec).into_iter();
+    files
+        .map(|(name, path)| (name, path.to_string_lossy().into_owned()))
+        .collect()
 }
 
 /// Writes a sandbox down into files of the keeper, which vanish unless somebody keeps them.

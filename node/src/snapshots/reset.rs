@@ -47,6 +47,8 @@ pub fn reset(
         labels: spec.labels.clone(),
         life: spec.life,
     };
+    let mut restored = source.spec(&clone)?;
+    restored.created_ms = spec.created_ms;
     let dir = found.dir();
     // While nobody runs it, it must not go away.
     let mut kept = spec.clone();
@@ -59,8 +61,6 @@ pub fn reset(
         return Err(LifeError::Busy(id).into());
     };
     stages.mark("stopped");
-    let mut restored = source.spec(&clone);
-    restored.created_ms = spec.created_ms;
     dir.forget_last_run()?;
     source.fill(dir)?;
     restored.life = Life::Persistent;

@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use belljar_keeper::client::{Keeper, KeeperError};
 use belljar_keeper::v1::{self as keeper, reply::Result as Answer, request::Call};
 
-use super::{Saved, SnapshotError};
+use super::SnapshotError;
+use super::saved::{IMAGE, INITRAMFS, KERNEL, Saved, base_files, drive_name};
 use crate::assets::Assets;
 use crate::cpu;
 use crate::sandbox::{Limits, Programs, Sandbox, create_with};
@@ -85,22 +86,49 @@ impl Source {
         })
     }
 
-    /// The configuration of a clone.
-    pub(crate) fn spec(&self, clone: &NewClone) -> SandboxSpec {
-        let found = |drive: &str| self.base_images.get(drive).map(PathBuf::from);
+    /// The configuration of a clone. Of the files it is made of only those are named whose content the keeper
+    /// has found right.
+    ///
+    /// # Errors
+    /// The record names a file whose content is not known.
+    pub(crate) fn spec(&self, clone: &NewClone) -> Result<SandboxSpec, SnapshotError> {
         let mut spec = self.saved.spec.clone();
         spec.name.clone_from(&clone.name);
         spec.labels.clone_from(&clone.labels);
         spec.life = clone.life;
         spec.created_ms = now_ms();
-        spec.image = spec.image.map(|image| found("image").unwrap_or(image));
-        for (index, drive) in spec.drives.iter_mut().enumerate() {
-            let id = drive.id.clone().unwrap_or_else(|| format!("drive{index}"));
-            if let Some(path) = found(&id) {
-                drive.path = path;
+        if self.snapshot.is_none() {
+            // A fork: the parent's own.
+            return Ok(spec);
+        }
+        let unknown = |name: &str| SnapshotError::Unfit {
+            id: self.snapshot.clone().unwrap_or_default(),
+            why: format!("its record names a file for '{name}' that it does not describe"),
+            remedy: "it was not written by Bell Jar as it is; do not trust it".to_owned(),
+        };
+        let find = |name: &str, path: &mut PathBuf| -> Result<(), SnapshotError> {
+            let found = self.base_images.get(name).ok_or_else(|| unknown(name))?;
+            *path = PathBuf::from(found);
+            Ok(())
+        };
+        let named = [
+            (IMAGE, &mut spec.image),
+            (KERNEL, &mut spec.kernel),
+            (INITRAMFS, &mut spec.initramfs),
+        ];
+        for (name, path) in named {
+            if let Some(path) = path {
+                find(name, path)?;
             }
         }
-        spec
+        for (index, drive) in spec.drives.iter_mut().enumerate() {
+            let name = drive_name(index, drive);
+            if !drive.read_only {
+                return Err(unknown(&name));
+            }
+            find(&name, &mut drive.path)?;
+        }
+        Ok(spec)
     }
 }
 
@@ -117,15 +145,13 @@ fn candidates(saved: &Saved, assets: &Assets, image: Option<PathBuf>) -> Vec<kee
         drive: drive.to_owned(),
         path: path.to_string_lossy().into_owned(),
     };
-    let images = image
-        .into_iter()
-        .chain(saved.spec.image.clone())
-        .chain(assets.image().ok());
-    let drives = saved.spec.drives.iter().enumerate().map(|(index, drive)| {
-        let id = drive.id.clone().unwrap_or_else(|| format!("drive{index}"));
-        of(&id, drive.path.clone())
-    });
-    images.map(|path| of("image", path)).chain(drives).collect()
+    let image = image.into_iter().chain(assets.image().ok());
+    let recorded = base_files(&saved.spec).into_iter();
+    let elsewhere = image.map(|path| (IMAGE.to_owned(), path));
+    recorded
+        .chain(elsewhere)
+        .map(|(name, path)| of(&name, path))
+        .collect()
 }
 
 /// Whether this machine can restore it: told before anything is made. Base images are the keeper's to check.
@@ -226,7 +252,7 @@ pub fn restore(
     clone: &NewClone,
     stages: &mut Stages,
 ) -> Result<Sandbox, SnapshotError> {
-    let spec = source.spec(clone);
+    let spec = source.spec(clone)?;
     let (dir, lock) = create_with(host.root, &spec, |dir| source.fill(dir))?;
     stages.mark("prepared");
     let restored = bring_up(host, source, &dir, lock, stages);
@@ -252,4 +278,58 @@ pub(super) fn bring_up(
         // Only the disk was saved: the guest is booted.
         Sandbox::start(dir, lock, programs, host.assets, limits, stages)?
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RECORD: &str = r#"{"version": 1, "writer": "0", "sandbox": "0badcafe", "lineage": "0badcafe",
+        "generation": 0, "spec": {"version": 1, "created_ms": 1, "life": "owned", "vcpus": 1, "memory": 1}}"#;
+
+    fn description() -> keeper::Description {
+        let memory = keeper::Image {
+            name: "memory".into(),
+            ..keeper::Image::default()
+        };
+        keeper::Description {
+            sandbox: RECORD.as_bytes().to_vec(),
+            memory_bytes: 256 << 20,
+            requirements: BTreeMap::from([("cpu-vendor".to_owned(), cpu::vendor())]),
+            images: vec![memory],
+            ..keeper::Description::default()
+        }
+    }
+
+    fn why(change: impl FnOnce(&mut keeper::Description)) -> String {
+        let mut description = description();
+        change(&mut description);
+        check(&description).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn what_this_machine_cannot_restore_is_told_with_the_reason() {
+        assert!(check(&description()).is_ok());
+        let other = "cpu-vendor".to_owned();
+        let text = why(|of| drop(of.requirements.insert(other, "Another".into())));
+        assert!(text.contains("a processor of Another"), "{text}");
+        let text = why(|of| drop(of.requirements.insert("quantum".into(), "1".into())));
+        assert!(text.contains("needs 'quantum'"), "{text}");
+        let text = why(|of| of.memory_bytes = 1 << 50);
+        assert!(text.contains("this machine"), "{text}");
+        let later = RECORD.replacen("\"version\": 1", "\"version\": 9", 1);
+        let text = why(|of| of.sandbox = later.into_bytes());
+        assert!(text.contains("version 9"), "{text}");
+        let text = why(|of| of.sandbox.clear());
+        assert!(text.contains("is not good"), "{text}");
+    }
+
+    #[test]
+    fn another_processor_does_not_matter_to_a_disk() {
+        let mut disk = description();
+        disk.images.clear();
+        disk.requirements
+            .insert("cpu-vendor".to_owned(), "Another".to_owned());
+        assert!(check(&disk).is_ok());
+    }
 }

@@ -1,10 +1,12 @@
 //! What is written down about a sandbox: in its snapshots, and in the directories of those that come from one.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use crate::cpu;
 use crate::registry::Found;
-use crate::state::spec::SandboxSpec;
+use crate::state::spec::{DriveRecord, SandboxSpec};
 use crate::state::{self, StateError};
 
 /// Version of [`Saved`] and [`Origin`] that this program writes. Fields are only added within a version.
@@ -67,6 +69,34 @@ impl Saved {
         }
         Ok(saved)
     }
+}
+
+/// What a drive is called among base images.
+pub(super) fn drive_name(index: usize, drive: &DriveRecord) -> String {
+    let id = drive.id.clone();
+    id.unwrap_or_else(|| format!("drive{index}"))
+}
+
+/// The root file system among base images.
+pub(super) const IMAGE: &str = "image";
+/// Kernel and initramfs, if they were chosen. No drive has such a name.
+pub(super) const KERNEL: &str = "boot:kernel";
+pub(super) const INITRAMFS: &str = "boot:initramfs";
+
+/// Files of this machine that a sandbox is made of, by the name of a base image.
+pub(super) fn base_files(spec: &SandboxSpec) -> Vec<(String, PathBuf)> {
+    let named = [
+        (IMAGE, &spec.image),
+        (KERNEL, &spec.kernel),
+        (INITRAMFS, &spec.initramfs),
+    ];
+    let named = named
+        .into_iter()
+        .filter_map(|(name, path)| Some((name.to_owned(), path.clone()?)));
+    let drives = spec.drives.iter().enumerate();
+    named
+        .chain(drives.map(|(index, drive)| (drive_name(index, drive), drive.path.clone())))
+        .collect()
 }
 
 /// Where a sandbox comes from (`origin.json`).

@@ -47,6 +47,8 @@ pub struct SnapshotLoad {
     pub vsock: Option<Source>,
     /// Take the place of files in the snapshot, by `drive_id`.
     pub drives: BTreeMap<String, DriveOverride>,
+    /// Ours: nothing is opened by a path in the snapshot; what has no override is refused.
+    pub only_overrides: bool,
 }
 
 /// Other files for a drive.
@@ -86,6 +88,8 @@ struct RawLoad {
     vsock_override: Option<RawVsock>,
     #[serde(default)]
     drive_overrides: Vec<RawDrive>,
+    #[serde(default)]
+    only_overrides: bool,
 }
 
 #[derive(Deserialize)]
@@ -191,6 +195,7 @@ impl TryFrom<RawLoad> for SnapshotLoad {
             clock_realtime: raw.clock_realtime,
             vsock: raw.vsock_override.map(|vsock| vsock.uds_path),
             drives,
+            only_overrides: raw.only_overrides,
         })
     }
 }

@@ -36,6 +36,8 @@ pub(super) enum LoadError {
     NoDrive(String),
     #[error("drive_overrides: drive {0:?} has no layers in the snapshot, or more than 8 are named")]
     Layers(String),
+    #[error("only_overrides: the snapshot has a {0} for which no file of this machine was named")]
+    NotOverridden(String),
     #[error("vsock_override: the snapshot has no vsock device")]
     NoVsock,
 }
@@ -135,6 +137,24 @@ fn override_config(
         };
         override_drive(drive, files)?;
     }
+    if load.only_overrides {
+        let own = |drive: &Drive| {
+            let files = load.drives.get(&drive.drive_id);
+            files.is_some_and(|files| match drive.format {
+                Format::Layers => !files.layers.is_empty(),
+                _ => files.path_on_host.is_some(),
+            })
+        };
+        if let Some(drive) = config.drives.iter().find(|drive| !own(drive)) {
+            return Err(LoadError::NotOverridden(format!(
+                "drive {:?}",
+                drive.drive_id
+            )));
+        }
+        if config.vsock.is_some() && load.vsock.is_none() {
+            return Err(LoadError::NotOverridden("vsock device".to_owned()));
+        }
+    }
     match (&load.vsock, &mut config.vsock) {
         (None, _) => {}
         (Some(source), Some(vsock)) => override_vsock(vsock, source),
@@ -204,4 +224,39 @@ fn tell_generation(builder: &Builder<'_>, saved: &Saved) -> Assembled<()> {
             what: "VM generation interrupt",
             source,
         })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::parse;
+
+    const SAVED: &[u8] =
+        br#"{"drives": [{"drive_id": "a", "path_on_host": "/secret", "is_root_device": false}],
+        "vsock": {"guest_cid": 3, "uds_path": "old"}}"#;
+
+    fn overridden(more: &str) -> Result<VmConfig, LoadError> {
+        let mut config: VmConfig = parse(SAVED).unwrap();
+        let load = format!(r#"{{"snapshot_path": "s", "mem_file_path": "m"{more}}}"#);
+        let load: SnapshotLoad = parse(load.as_bytes()).unwrap();
+        override_config(&mut config, &load, &VmConfig::default()).map(|()| config)
+    }
+
+    #[test]
+    fn with_only_overrides_no_path_of_the_snapshot_is_opened() {
+        assert!(overridden("").is_ok());
+        let only = r#", "only_overrides": true"#;
+        let drive = r#", "drive_overrides": [{"drive_id": "a", "path_on_host": "mine"}]"#;
+        let vsock = r#", "vsock_override": {"uds_path": "v"}"#;
+        for more in [
+            only.to_owned(),
+            format!("{only}{drive}"),
+            format!("{only}{vsock}"),
+        ] {
+            let error = overridden(&more).map(|_| ()).unwrap_err();
+            assert!(error.to_string().contains("only_overrides"), "{error}");
+        }
+        let config = overridden(&format!("{only}{drive}{vsock}")).unwrap();
+        assert_eq!(config.drives[0].path_on_host.to_string(), "mine");
+    }
 }

@@ -122,6 +122,24 @@ fn a_snapshot_goes_on_elsewhere_as_somebody_else() {
     assert_eq!(said.code(), 125);
     said.explains(&["does not come from a snapshot", "name a snapshot"]);
 
+    // It can be saved in turn, as an increment to what it comes from.
+    let then = count(&user, "clone_1");
+    let said = user.says(&["snapshot", "clone_1", "--tag", "later", "--wait"]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    let all = json(&user.says(&["snapshots"]));
+    assert_eq!(all[1]["parents"][0], id);
+    let said = user.says(&["restore", "later", "--name", "grandchild"]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    assert!(count(&user, "grandchild") >= then);
+    let seen = json(&user.says(&["inspect", "grandchild"]));
+    assert_eq!(seen[0]["origin"]["generation"], 2);
+    assert_eq!(user.says(&["rm", "-f", "grandchild"]).code(), 0);
+    let said = user.says(&["store", "rm", "-f", "ready"]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["is kept"]);
+    assert_eq!(user.says(&["store", "tag", &id, "ready"]).code(), 0);
+    assert_eq!(user.says(&["store", "rm", "-f", "later"]).code(), 0);
+
     // What cannot be is refused with the reason.
     let said = user.says(&["restore", "redy"]);
     assert_eq!(said.code(), 125);
@@ -336,6 +354,96 @@ fn whoever_is_killed_while_a_snapshot_is_taken_takes_nothing_along() {
     assert_eq!(user.says(&["store", "verify"]).code(), 0);
 }
 
+/// Two processes that compute, keep time and write files, and write down what is not as it was.
+const LOAD: &str = r#"
+import hashlib, os, time
+os.chdir('/root')
+me = '0' if os.fork() else '1'
+block = os.urandom(4 << 20)
+want = hashlib.sha256(block).digest()
+last, turns = time.monotonic(), 0
+def check(good, what):
+    if not good: open('bad' + me, 'a').write(what + '
+')
+while True:
+    turns += 1
+    check(hashlib.sha256(block).digest() == want, 'memory')
+    now = time.monotonic()
+    check(now >= last, 'clock')
+    last = now
+    data = os.urandom(30000) + me.encode()
+    open('data' + me, 'wb').write(data)
+    os.sync() if turns % 20 == 0 else None
+    check(open('data' + me, 'rb').read() == data, 'file')
+    open('new' + me, 'w').write(str(turns))
+    os.rename('new' + me, 'turns' + me)
+"#;
+
+/// Five hundred with `BELLJAR_SOAK=1`.
+#[test]
+fn a_guest_under_load_goes_through_snapshot_restore_fork_and_reset_again_and_again() {
+    let soak = std::env::var_os("BELLJAR_SOAK").is_some_and(|on| on == "1");
+    let cycles = if soak { 500 } else { 3 };
+    let user = User::new();
+    let said = user.says(&["run", "-d", "--name", "c0", "--cpus", "2"]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    let said = user.says(&["exec", "-d", "c0", "--", "python3", "-c", LOAD]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    let turns = |word: &str| {
+        let look = "cat /root/bad* 2>/dev/null; cat /root/turns0 /root/turns1 | tr '\n' ' '";
+        let said = user.says(&["exec", word, "--", "sh", "-c", look]);
+        assert_eq!(said.code(), 0, "{word}: {}", said.err);
+        said.text()
+    };
+    // Both processes go on, and nothing was not as it was.
+    let works = |word: &str| {
+        let goes_on = "i=0; for f in turns0 turns1; do a=$(cat /root/$f); \
+            while [ \"$(cat /root/$f)\" = \"$a\" ]; do i=$((i+1)); [ $i -lt 600 ] || exit 1; sleep 0.1; done; done; \
+            ! cat /root/bad0 /root/bad1 2>/dev/null";
+        let said = user.says(&["exec", word, "--", "sh", "-c", goes_on]);
+        assert_eq!(said.code(), 0, "{word}: {} {}", said.text(), said.err);
+    };
+    eventually("the load to begin", || {
+        turns("c0").split(' ').count() >= 1 && turns("c0").len() > 1
+    });
+    works("c0");
+    let mut old: Vec<String> = Vec::new();
+    for cycle in 1..=cycles {
+        let (parent, child) = (format!("c{}", cycle - 1), format!("c{cycle}"));
+        let said = user.says(&["snapshot", &parent, "--tag", "cycle", "--wait"]);
+        assert_eq!(said.code(), 0, "{}", said.err);
+        old.push(said.text().trim().to_owned());
+        let said = user.says(&["restore", "cycle", "--name", &child]);
+        assert_eq!(said.code(), 0, "{}", said.err);
+        works(&child);
+        match cycle % 3 {
+            0 => {
+                assert_eq!(user.says(&["reset", &child]).code(), 0);
+                works(&child);
+            }
+            1 => {
+                let said = user.says(&["fork", &child, "--name", "twin"]);
+                assert_eq!(said.code(), 0, "{}", said.err);
+                works("twin");
+                works(&child);
+                assert_eq!(user.says(&["rm", "-f", "twin"]).code(), 0);
+            }
+            _ => works(&parent),
+        }
+        assert_eq!(user.says(&["rm", "-f", &parent]).code(), 0);
+        if cycle % 10 == 0 {
+            // But for the last one, which the present sandbox comes from.
+            for id in old.drain(..old.len() - 1) {
+                assert_eq!(user.says(&["store", "rm", "-f", &id]).code(), 0);
+            }
+            assert_eq!(user.says(&["store", "gc", "--now"]).code(), 0);
+        }
+    }
+    assert_eq!(user.says(&["store", "verify"]).code(), 0);
+    let last = format!("c{cycles}");
+    assert_eq!(user.says(&["rm", "-f", &last]).code(), 0);
+}
+
 /// What a clone draws first: a number from the kernel, one of a new process, its machine id.
 const DRAW: &str = "head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \\n'; echo; \
     python3 -c 'import os, uuid; print(os.urandom(16).hex()); print(uuid.uuid4().hex)'; cat /etc/machine-id";
@@ -344,12 +452,13 @@ const DRAW: &str = "head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \\n'; echo; 
 #[test]
 fn clones_draw_different_numbers() {
     let soak = std::env::var_os("BELLJAR_SOAK").is_some_and(|on| on == "1");
-    let (rounds, each) = if soak { (50, 20) } else { (1, 20) };
+    // A few at a time: processors in software have much to do with each.
+    let (rounds, each) = if soak { (200, 5) } else { (4, 5) };
     let user = User::new();
     let sandbox = user.sandbox(&["--memory", "128M"]);
     // A program that was running when the guest was saved draws, too.
     let drawing = "while :; do head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \\n' >/root/r.new; \
-        mv /root/r.new /root/r; sleep 0.05; done";
+        mv /root/r.new /root/r; sleep 1; done";
     let said = user.says(&["exec", "-d", sandbox.id(), "--", "sh", "-c", drawing]);
     assert_eq!(said.code(), 0, "{}", said.err);
     let said = sandbox.says("snapshot", &["--tag", "seed", "--wait"]);
@@ -372,8 +481,9 @@ fn clones_draw_different_numbers() {
                 assert!(seen.insert(line.to_owned()), "{line} was drawn twice");
             }
         }
+        let next = "rm -f /root/r; while ! [ -e /root/r ]; do sleep 0.1; done; cat /root/r";
         for id in &ids {
-            let said = user.says(&["exec", id, "--", "cat", "/root/r"]);
+            let said = user.says(&["exec", id, "--", "sh", "-c", next]);
             assert!(seen.insert(said.text()), "{} was drawn twice", said.text());
         }
         assert_eq!(user.says(&["rm", "-f", "-l", "clone=yes"]).code(), 0);
