@@ -363,8 +363,7 @@ block = os.urandom(4 << 20)
 want = hashlib.sha256(block).digest()
 last, turns = time.monotonic(), 0
 def check(good, what):
-    if not good: open('bad' + me, 'a').write(what + '
-')
+    if not good: open('bad' + me, 'a').write(what + ' ')
 while True:
     turns += 1
     check(hashlib.sha256(block).digest() == want, 'memory')
