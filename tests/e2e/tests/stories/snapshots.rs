@@ -52,16 +52,7 @@ fn listed(user: &User) -> Vec<String> {
 #[test]
 fn a_snapshot_goes_on_elsewhere_as_somebody_else() {
     let user = User::new();
-    // An image of this sandbox's own, which no other file is equal to.
-    let image = user.home().join("own-image");
-    fs::copy(assets_dir().join("image"), &image).unwrap();
-    fs::File::options()
-        .append(true)
-        .open(&image)
-        .unwrap()
-        .write_all(&[0x5a; 4096])
-        .unwrap();
-    let sandbox = user.sandbox(&["--image", image.to_str().unwrap()]);
+    let sandbox = user.sandbox(&[]);
     begin_counting(&sandbox);
     let said = sandbox.says("exec", &["--", "sh", "-c", "echo kept >/root/f; hostname"]);
     said.is(0, "belljar\n");
@@ -167,6 +158,27 @@ fn a_snapshot_goes_on_elsewhere_as_somebody_else() {
     let contents = seen[0]["contents"].as_array().unwrap();
     let names: Vec<_> = contents.iter().map(|image| image["name"].clone()).collect();
     assert_eq!(names, ["sandbox", "state", "memory", "disk:disk"]);
+    assert_eq!(user.says(&["rm", "clone_1"]).code(), 0);
+}
+
+#[test]
+fn a_snapshot_moves_with_its_stream_and_needs_its_image() {
+    let user = User::new();
+    // An image of this sandbox's own, which no other file is equal to.
+    let image = user.home().join("own-image");
+    fs::copy(assets_dir().join("image"), &image).unwrap();
+    fs::File::options()
+        .append(true)
+        .open(&image)
+        .unwrap()
+        .write_all(&[0x5a; 4096])
+        .unwrap();
+    let sandbox = user.sandbox(&["--image", image.to_str().unwrap()]);
+    let said = sandbox.says("exec", &["--", "sh", "-c", "echo kept >/root/f"]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    let said = sandbox.says("snapshot", &["--tag", "ready", "--wait"]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    let id = said.text().trim().to_owned();
 
     // Its base image must be there, under whatever name.
     let moved = user.home().join("moved");
@@ -227,7 +239,6 @@ fn a_snapshot_goes_on_elsewhere_as_somebody_else() {
     assert_eq!(listed(&third), [] as [String; 0]);
 
     // Removed, it makes room.
-    assert_eq!(user.says(&["rm", "clone_1"]).code(), 0);
     assert_eq!(user.says(&["store", "rm", "-f", "ready"]).code(), 0);
     assert_eq!(user.says(&["store", "gc", "--now"]).code(), 0);
     let usage = json(&user.says(&["store", "du"]));
