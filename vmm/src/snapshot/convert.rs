@@ -167,10 +167,11 @@ fn vm_from_wire(vm: &wire::Vm) -> Result<VmState> {
 }
 
 fn device_to_wire(device: &TransportState) -> wire::Device {
-    let (mut block, mut balloon) = (None, None);
+    let (mut block, mut balloon, mut vsock) = (None, None, None);
     match device.device {
         DeviceState::Nothing => {}
         DeviceState::Block { capacity } => block = Some(wire::Block { capacity }),
+        DeviceState::Vsock { next_host_port } => vsock = Some(wire::Vsock { next_host_port }),
         DeviceState::Balloon {
             target_pages,
             actual_pages,
@@ -199,6 +200,7 @@ fn device_to_wire(device: &TransportState) -> wire::Device {
         queues: device.queues.iter().map(queue_to_wire).collect(),
         block,
         balloon,
+        vsock,
     }
 }
 
@@ -206,12 +208,15 @@ fn device_from_wire(device: &wire::Device) -> Result<TransportState> {
     if device.queues.len() > MAX_QUEUES {
         return Err(malformed(format!("{} queues", device.queues.len())));
     }
-    let state = match (&device.block, &device.balloon) {
-        (None, None) => DeviceState::Nothing,
-        (Some(block), None) => DeviceState::Block {
+    let state = match (&device.block, &device.balloon, &device.vsock) {
+        (None, None, None) => DeviceState::Nothing,
+        (None, None, Some(vsock)) => DeviceState::Vsock {
+            next_host_port: vsock.next_host_port,
+        },
+        (Some(block), None, None) => DeviceState::Block {
             capacity: block.capacity,
         },
-        (None, Some(balloon)) => DeviceState::Balloon {
+        (None, Some(balloon), None) => DeviceState::Balloon {
             target_pages: balloon.target_pages,
             actual_pages: balloon.actual_pages,
             hinting_host_cmd: balloon.hinting_host_cmd,

@@ -69,6 +69,9 @@ pub(crate) fn sample() -> Saved {
         devices: vec![
             device(DeviceState::Nothing),
             device(DeviceState::Block { capacity: 8 }),
+            device(DeviceState::Vsock {
+                next_host_port: 1 << 30,
+            }),
             device(DeviceState::Balloon {
                 target_pages: 1,
                 actual_pages: 2,

@@ -106,6 +106,8 @@ pub(super) struct Device {
     pub(super) block: Option<Block>,
     #[prost(message, optional, tag = "11")]
     pub(super) balloon: Option<Balloon>,
+    #[prost(message, optional, tag = "12")]
+    pub(super) vsock: Option<Vsock>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -135,6 +137,12 @@ pub(super) struct Block {
     /// In sectors of 512 bytes.
     #[prost(uint64, tag = "1")]
     pub(super) capacity: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Message)]
+pub(super) struct Vsock {
+    #[prost(uint32, tag = "1")]
+    pub(super) next_host_port: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]

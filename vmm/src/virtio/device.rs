@@ -197,6 +197,10 @@ pub enum DeviceState {
         hinting_guest_cmd: Option<u32>,
         hinting_acknowledge: bool,
     },
+    Vsock {
+        /// Of the next connection that the host makes.
+        next_host_port: u32,
+    },
 }
 
 /// Why a device cannot be what it was when it was saved.

@@ -239,6 +239,14 @@ impl VirtioDevice for Vsock {
         Ok(())
     }
 
+    /// The ports that were used: a guest remembers connections for a while after their end, and
+    /// answers one that looks like them with a reset.
+    fn save(&self) -> DeviceState {
+        DeviceState::Vsock {
+            next_host_port: self.muxer.next_port(),
+        }
+    }
+
     /// The parent's connections stay with the parent: the guest is told that they are gone.
     fn restore(
         &mut self,
@@ -246,8 +254,11 @@ impl VirtioDevice for Vsock {
         _features: u64,
         state: &DeviceState,
     ) -> Result<(), RestoreError> {
-        if *state != DeviceState::Nothing {
-            return Err(RestoreError::Invalid(format!("{state:?}")));
+        match *state {
+            DeviceState::Vsock { next_host_port } => self.muxer.set_next_port(next_host_port),
+            // Saved before ports were.
+            DeviceState::Nothing => {}
+            _ => return Err(RestoreError::Invalid(format!("{state:?}"))),
         }
         if let Some(io) = io {
             self.interlude = Interlude::begin();

@@ -174,6 +174,16 @@ impl Muxer {
         self.slots.len() == self.free.len()
     }
 
+    /// The port of the host's next connection, unless it is taken.
+    pub fn next_port(&self) -> u32 {
+        self.next_port
+    }
+
+    /// Goes on with the ports where another device left off.
+    pub fn set_next_port(&mut self, port: u32) {
+        self.next_port = port.clamp(FIRST_HOST_PORT, LAST_HOST_PORT);
+    }
+
     /// The host asks for `guest_port`.
     ///
     /// # Errors

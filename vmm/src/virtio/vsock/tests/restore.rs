@@ -55,6 +55,31 @@ fn a_connection_waits_until_the_guest_has_taken_the_reset() {
     assert_eq!(header.dst_port, 7000);
 }
 
+/// Linux knows a connection for seconds after its end, and would take a new one between the same ports
+/// for it.
+#[test]
+fn ports_that_the_parent_used_are_not_used_again() {
+    let mut parent = Guest::idle();
+    parent.up();
+    parent.post_rx(128);
+    let _calls = calling(&parent);
+    parent.pump();
+    let (first, _) = parent.recv_one();
+    let state = parent.h.device.save();
+    let mut guest = Guest::idle();
+    guest.post_rx(128);
+    guest.h.restore(guest.h.device.features(), &state).unwrap();
+    let buffer = guest.h.alloc(8);
+    guest.h.push(EVENT, &[Buffer::writable(buffer, 8)]);
+    guest.h.kick(EVENT).unwrap();
+    take_event(&mut guest);
+    let _calls = calling(&guest);
+    guest.h.kick(EVENT).unwrap();
+    guest.pump();
+    let (second, _) = guest.recv_one();
+    assert!(second.src_port > first.src_port);
+}
+
 #[test]
 fn what_the_guest_sent_before_it_knew_is_answered_afterwards() {
     let mut guest = restored();
