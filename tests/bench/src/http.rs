@@ -34,12 +34,21 @@ impl Client {
         self.answer(path)
     }
 
+    pub(crate) fn patch(&mut self, path: &str, body: &serde_json::Value) -> Result<()> {
+        self.begin("PATCH", path, body)?;
+        self.answer(path)
+    }
+
     /// Sends a call whose answer is taken later with [`Self::answer`].
     pub(crate) fn begin_put(&mut self, path: &str, body: &serde_json::Value) -> Result<()> {
+        self.begin("PUT", path, body)
+    }
+
+    fn begin(&mut self, method: &str, path: &str, body: &serde_json::Value) -> Result<()> {
         let body = body.to_string();
         let length = body.len();
         self.send(&format!(
-            "PUT {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
+            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
         ))
     }
 

@@ -7,6 +7,7 @@ mod measures;
 mod overload;
 mod report;
 mod session;
+mod snapshot;
 mod stats;
 mod vmm;
 mod waits;
@@ -35,6 +36,8 @@ const EMPTY_SERVER: &str = "--empty-server";
 const BOOT_ARGS: &str = "quiet loglevel=1 panic=-1 reboot=t 8250.nr_uarts=0 pci=off";
 /// Of each file behind a drive.
 const DRIVE_MIB: usize = 64;
+/// RAM of the guests that are saved.
+const SNAPSHOT_MIB: u64 = 256;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Group {
@@ -52,6 +55,8 @@ enum Group {
     Bulk,
     /// Direct reads and writes of drives, both engines.
     Block,
+    /// Saving a guest and having it back.
+    Snapshot,
     /// A sandbox by the command line: exec, terminal, waits, copies, listings. Of this project's VMM only.
     Session,
     /// Pings of a sandbox that is full of something. Of this project's VMM only, and only if it is asked for.
@@ -335,6 +340,23 @@ impl Bench {
         }
         if self.wants(Group::Agent) {
             self.agents(binary, tracing, &mut all)?;
+        }
+        if self.wants(Group::Snapshot) && (tracing || run < self.arguments.runs.div_ceil(3)) {
+            self.started = self.started.saturating_add(1);
+            let mut machine = self.machine.clone();
+            machine.memory_mib = SNAPSHOT_MIB;
+            let bench = snapshot::Bench {
+                binary,
+                ours: self
+                    .vmms
+                    .first()
+                    .is_some_and(|ours| ours.name == binary.name),
+                machine: &machine,
+                initrd: &self.arguments.initrd,
+                work: self.work.join(format!("snapshot-{}", self.started)),
+                tracing,
+            };
+            all.extend(bench.measure(run == 0)?);
         }
         // These have many operations in each run.
         let runs = self.arguments.runs;

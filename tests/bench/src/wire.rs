@@ -11,6 +11,8 @@ pub const ECHO_PORT: u32 = 5001;
 pub const BULK_PORT: u32 = 5002;
 /// Guest port that answers [`Block`] requests, one after the other.
 pub const BLOCK_PORT: u32 = 5003;
+/// Guest port that answers [`Ram`] requests, one after the other.
+pub const RAM_PORT: u32 = 5004;
 
 /// Begins every [`Boot`], so that nothing else is taken for one.
 const MAGIC: u64 = u64::from_le_bytes(*b"BJBENCH1");
@@ -144,6 +146,55 @@ impl Block {
     }
 }
 
+/// What a [`Ram`] request does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Act {
+    /// Fills that many bytes; they take the place of those before.
+    Fill,
+    /// Changes one byte in each of that many pages, from the first on.
+    Touch,
+    /// Hashes all that is filled.
+    Hash,
+    /// Mixes the amount with the number of such requests before: see [`mix`].
+    Prove,
+}
+
+/// A request on [`RAM_PORT`]. Answer: one word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ram {
+    pub act: Act,
+    pub amount: u64,
+}
+
+impl Ram {
+    /// Bytes of a record.
+    pub const SIZE: usize = 16;
+    const ACTS: [Act; 4] = [Act::Fill, Act::Touch, Act::Hash, Act::Prove];
+
+    #[must_use]
+    pub fn encode(self) -> [u8; Self::SIZE] {
+        let act = Self::ACTS.iter().position(|act| *act == self.act);
+        bytes(&[act.unwrap_or(0) as u64, self.amount])
+    }
+
+    /// `None`: there is no such act.
+    #[must_use]
+    pub fn decode(record: &[u8; Self::SIZE]) -> Option<Self> {
+        let [act, amount] = words(record);
+        let act = *Self::ACTS.get(usize::try_from(act).ok()?)?;
+        Some(Self { act, amount })
+    }
+}
+
+/// What a guest that has answered `counter` times before makes of a nonce.
+#[must_use]
+pub fn mix(nonce: u64, counter: u64) -> u64 {
+    nonce
+        .wrapping_add(counter)
+        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        .rotate_left(29)
+}
+
 /// One word of an answer.
 #[must_use]
 pub fn word(bytes: [u8; 8]) -> u64 {
@@ -168,6 +219,11 @@ mod tests {
             chunk: 65536,
         };
         assert_eq!(Bulk::decode(&bulk.encode()), bulk);
+        for act in [Act::Fill, Act::Touch, Act::Hash, Act::Prove] {
+            let ram = Ram { act, amount: 9 };
+            assert_eq!(Ram::decode(&ram.encode()), Some(ram));
+        }
+        assert_eq!(Ram::decode(&[9; Ram::SIZE]), None);
         for access in [
             Access::RandomRead,
             Access::RandomWrite,

@@ -1,6 +1,7 @@
 //! PID 1 of the guests that are measured: says that it is up, then echoes, moves bytes and reads disks.
 
 mod block;
+mod ram;
 mod vsock;
 
 use std::fs::File;
@@ -9,7 +10,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use belljar_bench::wire::{BLOCK_PORT, BOOT_PORT, BULK_PORT, Boot, Bulk, ECHO_PORT};
+use belljar_bench::wire::{BLOCK_PORT, BOOT_PORT, BULK_PORT, Boot, Bulk, ECHO_PORT, RAM_PORT};
 use rustix::time::{ClockId, clock_gettime};
 
 /// Longest piece that is moved at once.
@@ -74,6 +75,7 @@ fn serve(init_ns: u64) -> io::Result<()> {
     on_port(ECHO_PORT, echo)?;
     on_port(BULK_PORT, bulk)?;
     on_port(BLOCK_PORT, block::serve)?;
+    on_port(RAM_PORT, ram::serve)?;
     host.write_all(b"l")
 }
 

@@ -1,0 +1,275 @@
+//! What it costs to save a guest and to have it back. The clock ends with an answer that only the saved guest
+//! can give: a nonce mixed with a counter that lives in its RAM; then, unmeasured, the hash of what fills it.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use belljar_bench::wire::{Act, RAM_PORT, Ram, mix, word};
+use serde_json::json;
+
+use crate::counters;
+use crate::failure::{Attempt, Failure, Result};
+use crate::measures::{self, Subject};
+use crate::report::Samples;
+use crate::vmm::{Binary, Machine, Vmm};
+
+/// RAM that the guest fills with bytes without structure.
+const FILLED: u64 = 32 << 20;
+/// How often a guest is restored in each way.
+const RESTORES: u64 = 5;
+/// Pages that a restored guest writes to.
+const TOUCHED: u64 = 256;
+const PAGE: u64 = 4096;
+/// Sizes of RAM in MiB beside the first.
+const SIZES: [u64; 3] = [1024, 4096, 8192];
+/// What the guest changes between snapshots, in MiB.
+const CHANGED: [u64; 2] = [8, 80];
+
+/// Where VMMs are started, and what from.
+pub(crate) struct Bench<'a> {
+    pub(crate) binary: &'a Binary,
+    /// Whether it is this project's, with calls of its own.
+    pub(crate) ours: bool,
+    pub(crate) machine: &'a Machine,
+    pub(crate) initrd: &'a Path,
+    /// A directory of this group's own.
+    pub(crate) work: PathBuf,
+    pub(crate) tracing: bool,
+}
+
+/// How a guest is restored.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// The VMM has been told nothing.
+    Plain,
+    /// It has made its VM ahead.
+    Prepared,
+}
+
+/// A saved guest and what it will answer.
+struct Saved {
+    state: PathBuf,
+    ram: PathBuf,
+    counter: u64,
+    hash: u64,
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+fn ask(vmm: &Vmm, act: Act, amount: u64) -> Result<u64> {
+    let mut stream = vmm.connect(RAM_PORT)?;
+    stream
+        .write_all(&Ram { act, amount }.encode())
+        .attempt("a request to the guest")?;
+    let mut answer = [0; 8];
+    stream
+        .read_exact(&mut answer)
+        .attempt("the guest's answer")?;
+    Ok(word(answer))
+}
+
+/// The process's share of all the memory it uses, its guest's included, in KiB.
+fn pss_of(pid: u32) -> Result<f64> {
+    let path = format!("/proc/{pid}/smaps_rollup");
+    let text = fs::read_to_string(&path).attempt(format!("cannot read {path}"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
+    line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse().ok())
+        .ok_or_else(|| Failure(format!("{path} tells no Pss")))
+}
+
+impl Bench<'_> {
+    /// All measures of one VMM.
+    pub(crate) fn measure(&self, sweep: bool) -> Result<Vec<Samples>> {
+        fs::create_dir_all(&self.work).attempt("cannot make a directory")?;
+        let mut all = Vec::new();
+        let first = self.machine.memory_mib;
+        let saved = self.save(first, Some(&mut all))?;
+        self.restores(&saved, Way::Plain, "restore", &mut all)?;
+        if self.ours {
+            self.restores(&saved, Way::Prepared, "restore.prepared", &mut all)?;
+            for mib in CHANGED {
+                self.increment(&saved, mib, &mut all)?;
+            }
+        }
+        saved.remove();
+        for mib in SIZES.into_iter().filter(|_| sweep) {
+            let saved = self.save(mib, None)?;
+            self.restores(&saved, Way::Plain, &format!("restore.{mib}m"), &mut all)?;
+            saved.remove();
+        }
+        let _ = fs::remove_dir_all(&self.work);
+        Ok(all)
+    }
+
+    fn start(&self) -> Result<Vmm> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let directory = self.work.join(format!("vmm-{number}"));
+        Vmm::start(Command::new(&self.binary.path), directory)
+    }
+
+    /// Boots a guest, fills its RAM and saves it.
+    fn save(&self, memory_mib: u64, all: Option<&mut Vec<Samples>>) -> Result<Saved> {
+        let machine = Machine {
+            memory_mib,
+            ..self.machine.clone()
+        };
+        let mut vmm = self.start()?;
+        vmm.configure(&machine, self.initrd, &[])?;
+        measures::boot(&mut Subject {
+            vmm: &mut vmm,
+            tracing: self.tracing,
+        })?;
+        ask(&vmm, Act::Fill, FILLED)?;
+        let hash = ask(&vmm, Act::Hash, 0)?;
+        ask(&vmm, Act::Prove, 1)?;
+        let saved = Saved {
+            state: self.work.join("state"),
+            ram: self.work.join("ram"),
+            counter: 1,
+            hash,
+        };
+        vmm.api.patch("/vm", &json!({"state": "Paused"}))?;
+        let before = counters::read(vmm.pid(), self.tracing);
+        let begun = Instant::now();
+        vmm.api.put(
+            "/snapshot/create",
+            &json!({"snapshot_path": saved.state, "mem_file_path": saved.ram, "snapshot_type": "Full"}),
+        )?;
+        let time = begun.elapsed();
+        let counts = counters::read(vmm.pid(), self.tracing).since(&before);
+        if let Some(all) = all {
+            let blocks = fs::metadata(&saved.ram).attempt("no memory file")?.blocks();
+            all.push(Samples::one("snapshot.full", "ms", ms(time)).counted(counts, 1));
+            all.push(Samples::one(
+                "snapshot.full_size",
+                "MB",
+                blocks as f64 * 512e-6,
+            ));
+        }
+        Ok(saved)
+    }
+
+    fn load(&self, vmm: &mut Vmm, saved: &Saved) -> Result<()> {
+        let vsock = vmm.vsock();
+        vmm.api.put(
+            "/snapshot/load",
+            &json!({
+                "snapshot_path": saved.state,
+                "mem_backend": {"backend_type": "File", "backend_path": saved.ram},
+                "resume_vm": true,
+                "vsock_override": {"uds_path": vsock},
+            }),
+        )
+    }
+
+    fn restores(&self, saved: &Saved, way: Way, name: &str, all: &mut Vec<Samples>) -> Result<()> {
+        let samples = |what: &str, unit| Samples {
+            measure: format!("{name}.{what}"),
+            unit,
+            values: Vec::new(),
+            counts: None,
+        };
+        let mut returned = samples("returned", "ms");
+        let mut replied = samples("reply", "ms");
+        let mut from_start = samples("process_and_reply", "ms");
+        let mut touched = samples("touch_256", "ms");
+        let mut pss = samples("pss", "KiB");
+        for round in 0..RESTORES {
+            let mut vmm = self.start()?;
+            if way == Way::Prepared {
+                vmm.api
+                    .put("/prepare", &json!({"vcpu_count": self.machine.vcpus}))?;
+            }
+            let before = counters::read(vmm.pid(), self.tracing);
+            let begun = Instant::now();
+            self.load(&mut vmm, saved)?;
+            let loaded = begun.elapsed();
+            let nonce = 0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(round.wrapping_add(3));
+            let answer = ask(&vmm, Act::Prove, nonce)?;
+            let reply = begun.elapsed();
+            let counts = counters::read(vmm.pid(), self.tracing).since(&before);
+            if answer != mix(nonce, saved.counter) {
+                return Err(Failure("it is not the guest that was saved".to_owned()));
+            }
+            returned.values.push(ms(loaded));
+            replied.values.push(ms(reply));
+            replied.counts = Some((counts, 1));
+            from_start.values.push(ms(vmm.answered + reply));
+            let begun = Instant::now();
+            ask(&vmm, Act::Touch, TOUCHED)?;
+            touched.values.push(ms(begun.elapsed()));
+            pss.values.push(pss_of(vmm.pid())?);
+            if round == 0 {
+                // The pages that were touched differ since, so a new guest gives the hash.
+                let mut other = self.start()?;
+                self.load(&mut other, saved)?;
+                if ask(&other, Act::Hash, 0)? != saved.hash {
+                    return Err(Failure("the restored guest's RAM is another".to_owned()));
+                }
+            }
+        }
+        all.extend([returned, replied, touched, pss]);
+        if way == Way::Plain {
+            all.push(from_start);
+        }
+        Ok(())
+    }
+
+    /// A restored guest that was saved once changes some MiB and is saved again: how long it stood still, and
+    /// how long the call took.
+    fn increment(&self, saved: &Saved, mib: u64, all: &mut Vec<Samples>) -> Result<()> {
+        let mut vmm = self.start()?;
+        self.load(&mut vmm, saved)?;
+        let files = |number: u64| {
+            let file = |what: &str| self.work.join(format!("{what}-{mib}-{number}"));
+            (file("state"), file("diff"))
+        };
+        let mut pauses = Vec::new();
+        let mut size = 0.0;
+        // More than is filled; the first time makes the pages, and the second is measured.
+        ask(&vmm, Act::Fill, mib << 20)?;
+        for number in 0..3 {
+            ask(&vmm, Act::Touch, (mib << 20) / PAGE)?;
+            let (state, ram) = files(number);
+            let begun = Instant::now();
+            vmm.api.patch("/vm", &json!({"state": "Paused"}))?;
+            vmm.api.put(
+                "/snapshot/create",
+                &json!({"snapshot_type": "Diff", "snapshot_path": state, "mem_file_path": ram}),
+            )?;
+            vmm.api.patch("/vm", &json!({"state": "Resumed"}))?;
+            let time = begun.elapsed();
+            if number > 0 {
+                pauses.push(ms(time));
+                size = fs::metadata(&ram).attempt("no memory file")?.blocks() as f64 * 512e-6;
+            }
+            for file in [state, ram] {
+                let _ = fs::remove_file(file);
+            }
+        }
+        all.push(Samples {
+            measure: format!("increment.{mib}m.pause"),
+            unit: "ms",
+            values: pauses,
+            counts: None,
+        });
+        all.push(Samples::one(format!("increment.{mib}m.size"), "MB", size));
+        Ok(())
+    }
+}
+
+impl Saved {
+    fn remove(&self) {
+        for file in [&self.state, &self.ram] {
+            let _ = fs::remove_file(file);
+        }
+    }
+}
