@@ -112,6 +112,18 @@ impl Guest {
         guest
     }
 
+    /// A guest that a VMM has loaded from a snapshot, and that runs.
+    #[must_use]
+    pub fn loaded(vmm: Vmm) -> Self {
+        let console = Console::default();
+        follow_console(&vmm.path("console.sock"), Arc::clone(&console.0));
+        Self {
+            vmm,
+            ready: v1::Ready::default(),
+            console,
+        }
+    }
+
     /// A connection that the guest makes to a listener.
     ///
     /// # Panics
@@ -179,6 +191,20 @@ impl Guest {
             exec,
             printed: Vec::new(),
         }
+    }
+
+    /// Starts a program that goes on whatever becomes of us.
+    ///
+    /// # Panics
+    /// It cannot be started.
+    pub fn detach(&self, words: &[&str]) {
+        let exec = v1::Exec {
+            argv: words.iter().map(|word| word.as_bytes().to_vec()).collect(),
+            detached: true,
+            ..v1::Exec::default()
+        };
+        Exec::start(self.connect(AGENT_PORT), exec, deadline())
+            .unwrap_or_else(|error| panic!("{words:?}: {error}; console:\n{}", self.console()));
     }
 
     /// Runs a program to its end: (status, standard output, standard error).

@@ -15,6 +15,7 @@ mod endings;
 mod kernels;
 mod mistakes;
 mod pause;
+mod snapshot;
 mod vsock;
 
 use std::fs::File;
