@@ -34,6 +34,18 @@ impl Client {
         self.answer(path)
     }
 
+    /// A call whose answer has a JSON body.
+    pub(crate) fn ask(
+        &mut self,
+        path: &str,
+        body: &serde_json::Value,
+    ) -> Result<serde_json::Value> {
+        self.begin_put(path, body)?;
+        let text = self.text(path)?;
+        let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+        serde_json::from_str(body).attempt(format!("the answer to {path} is no JSON"))
+    }
+
     pub(crate) fn patch(&mut self, path: &str, body: &serde_json::Value) -> Result<()> {
         self.begin("PATCH", path, body)?;
         self.answer(path)
@@ -60,14 +72,18 @@ impl Client {
 
     /// Takes one answer; anything but success is an error.
     pub(crate) fn answer(&mut self, path: &str) -> Result<()> {
+        self.text(path).map(drop)
+    }
+
+    fn text(&mut self, path: &str) -> Result<String> {
         let mut taken = Vec::new();
         let mut buffer = [0; 4096];
         loop {
             if let Some(status) = complete(&taken) {
+                let text = String::from_utf8_lossy(&taken);
                 return if status / 100 == 2 {
-                    Ok(())
+                    Ok(text.into_owned())
                 } else {
-                    let text = String::from_utf8_lossy(&taken);
                     Err(Failure(format!("{path} was refused: {text}")))
                 };
             }

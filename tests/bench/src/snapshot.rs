@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use belljar_bench::wire::{Act, RAM_PORT, Ram, mix, word};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::counters;
 use crate::failure::{Attempt, Failure, Result};
@@ -27,6 +27,8 @@ const TOUCHED: u64 = 256;
 const PAGE: u64 = 4096;
 /// Sizes of RAM in MiB beside the first.
 const SIZES: [u64; 3] = [1024, 4096, 8192];
+/// Of an increment, by their fields in the answer.
+const PHASES: [&str; 5] = ["stop", "state", "scan", "copy", "paused"];
 /// What the guest changes between snapshots, in MiB.
 const CHANGED: [u64; 2] = [8, 80];
 
@@ -43,12 +45,12 @@ pub(crate) struct Bench<'a> {
 }
 
 /// How a guest is restored.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Way {
-    /// The VMM has been told nothing.
-    Plain,
-    /// It has made its VM ahead.
-    Prepared,
+#[derive(Clone, Default)]
+struct Way {
+    /// The VMM has made its VM ahead.
+    prepared: bool,
+    /// The pages that a recorded run touched are brought in.
+    recorded: Option<PathBuf>,
 }
 
 /// A saved guest and what it will answer.
@@ -91,9 +93,20 @@ impl Bench<'_> {
         let mut all = Vec::new();
         let first = self.machine.memory_mib;
         let saved = self.save(first, Some(&mut all))?;
-        self.restores(&saved, Way::Plain, "restore", &mut all)?;
+        let plain = Way::default();
+        self.restores(&saved, &plain, "restore", &mut all)?;
         if self.ours {
-            self.restores(&saved, Way::Prepared, "restore.prepared", &mut all)?;
+            let reply = Some(self.record(&saved, 0)?);
+            let touch = Some(self.record(&saved, TOUCHED)?);
+            for (name, prepared, recorded) in [
+                ("restore.prepared", true, None),
+                ("restore.recorded", false, reply.clone()),
+                ("restore.recorded.prepared", true, reply),
+                ("restore.recorded_touch", false, touch),
+            ] {
+                let way = Way { prepared, recorded };
+                self.restores(&saved, &way, name, &mut all)?;
+            }
             for mib in CHANGED {
                 self.increment(&saved, mib, &mut all)?;
             }
@@ -101,7 +114,7 @@ impl Bench<'_> {
         saved.remove();
         for mib in SIZES.into_iter().filter(|_| sweep) {
             let saved = self.save(mib, None)?;
-            self.restores(&saved, Way::Plain, &format!("restore.{mib}m"), &mut all)?;
+            self.restores(&saved, &plain, &format!("restore.{mib}m"), &mut all)?;
             saved.remove();
         }
         let _ = fs::remove_dir_all(&self.work);
@@ -157,20 +170,37 @@ impl Bench<'_> {
         Ok(saved)
     }
 
-    fn load(&self, vmm: &mut Vmm, saved: &Saved) -> Result<()> {
-        let vsock = vmm.vsock();
-        vmm.api.put(
-            "/snapshot/load",
-            &json!({
-                "snapshot_path": saved.state,
-                "mem_backend": {"backend_type": "File", "backend_path": saved.ram},
-                "resume_vm": true,
-                "vsock_override": {"uds_path": vsock},
-            }),
-        )
+    fn load(&self, vmm: &mut Vmm, saved: &Saved, more: &[(&str, Value)]) -> Result<()> {
+        let mut body = json!({
+            "snapshot_path": saved.state,
+            "mem_backend": {"backend_type": "File", "backend_path": saved.ram},
+            "resume_vm": true,
+            "vsock_override": {"uds_path": vmm.vsock()},
+        });
+        if let Some(fields) = body.as_object_mut() {
+            let more = more
+                .iter()
+                .map(|(field, value)| ((*field).to_owned(), value.clone()));
+            fields.extend(more);
+        }
+        vmm.api.put("/snapshot/load", &body)
     }
 
-    fn restores(&self, saved: &Saved, way: Way, name: &str, all: &mut Vec<Samples>) -> Result<()> {
+    /// Records which pages a guest touches until its first answer, and with some that it writes to then.
+    fn record(&self, saved: &Saved, touched: u64) -> Result<PathBuf> {
+        let mut vmm = self.start()?;
+        self.load(&mut vmm, saved, &[("track_dirty_pages", json!(true))])?;
+        ask(&vmm, Act::Prove, 1)?;
+        if touched > 0 {
+            ask(&vmm, Act::Touch, touched)?;
+        }
+        let path = self.work.join(format!("recorded-{touched}"));
+        vmm.api
+            .put("/snapshot/working-set", &json!({"path": path}))?;
+        Ok(path)
+    }
+
+    fn restores(&self, saved: &Saved, way: &Way, name: &str, all: &mut Vec<Samples>) -> Result<()> {
         let samples = |what: &str, unit| Samples {
             measure: format!("{name}.{what}"),
             unit,
@@ -182,15 +212,17 @@ impl Bench<'_> {
         let mut from_start = samples("process_and_reply", "ms");
         let mut touched = samples("touch_256", "ms");
         let mut pss = samples("pss", "KiB");
+        let recorded = way.recorded.iter();
+        let more: Vec<_> = recorded.map(|path| ("working_set", json!(path))).collect();
         for round in 0..RESTORES {
             let mut vmm = self.start()?;
-            if way == Way::Prepared {
+            if way.prepared {
                 vmm.api
                     .put("/prepare", &json!({"vcpu_count": self.machine.vcpus}))?;
             }
             let before = counters::read(vmm.pid(), self.tracing);
             let begun = Instant::now();
-            self.load(&mut vmm, saved)?;
+            self.load(&mut vmm, saved, &more)?;
             let loaded = begun.elapsed();
             let nonce = 0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(round.wrapping_add(3));
             let answer = ask(&vmm, Act::Prove, nonce)?;
@@ -210,14 +242,14 @@ impl Bench<'_> {
             if round == 0 {
                 // The pages that were touched differ since, so a new guest gives the hash.
                 let mut other = self.start()?;
-                self.load(&mut other, saved)?;
+                self.load(&mut other, saved, &more)?;
                 if ask(&other, Act::Hash, 0)? != saved.hash {
                     return Err(Failure("the restored guest's RAM is another".to_owned()));
                 }
             }
         }
         all.extend([returned, replied, touched, pss]);
-        if way == Way::Plain {
+        if !way.prepared {
             all.push(from_start);
         }
         Ok(())
@@ -227,12 +259,13 @@ impl Bench<'_> {
     /// how long the call took.
     fn increment(&self, saved: &Saved, mib: u64, all: &mut Vec<Samples>) -> Result<()> {
         let mut vmm = self.start()?;
-        self.load(&mut vmm, saved)?;
+        self.load(&mut vmm, saved, &[])?;
         let files = |number: u64| {
             let file = |what: &str| self.work.join(format!("{what}-{mib}-{number}"));
             (file("state"), file("diff"))
         };
-        let mut pauses = Vec::new();
+        let mut calls = Vec::new();
+        let mut phases = PHASES.map(|name| (name, Vec::new()));
         let mut size = 0.0;
         // More than is filled; the first time makes the pages, and the second is measured.
         ask(&vmm, Act::Fill, mib << 20)?;
@@ -240,27 +273,35 @@ impl Bench<'_> {
             ask(&vmm, Act::Touch, (mib << 20) / PAGE)?;
             let (state, ram) = files(number);
             let begun = Instant::now();
-            vmm.api.patch("/vm", &json!({"state": "Paused"}))?;
-            vmm.api.put(
+            let answer = vmm.api.ask(
                 "/snapshot/create",
-                &json!({"snapshot_type": "Diff", "snapshot_path": state, "mem_file_path": ram}),
+                &json!({
+                    "snapshot_type": "Increment", "snapshot_path": state, "mem_file_path": ram,
+                    "resume_vm": true,
+                }),
             )?;
-            vmm.api.patch("/vm", &json!({"state": "Resumed"}))?;
             let time = begun.elapsed();
             if number > 0 {
-                pauses.push(ms(time));
+                for (name, values) in &mut phases {
+                    let us = answer.get(format!("{name}_us")).and_then(Value::as_f64);
+                    values
+                        .push(us.ok_or_else(|| Failure(format!("no {name}_us: {answer}")))? / 1e3);
+                }
+                calls.push(ms(time));
                 size = fs::metadata(&ram).attempt("no memory file")?.blocks() as f64 * 512e-6;
             }
             for file in [state, ram] {
                 let _ = fs::remove_file(file);
             }
         }
-        all.push(Samples {
-            measure: format!("increment.{mib}m.pause"),
-            unit: "ms",
-            values: pauses,
-            counts: None,
-        });
+        for (what, values) in phases.into_iter().chain([("written", calls)]) {
+            all.push(Samples {
+                measure: format!("increment.{mib}m.{what}"),
+                unit: "ms",
+                values,
+                counts: None,
+            });
+        }
         all.push(Samples::one(format!("increment.{mib}m.size"), "MB", size));
         Ok(())
     }

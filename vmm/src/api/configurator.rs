@@ -11,7 +11,7 @@ use self::balloon::{check_balloon_fits, no_balloon};
 use super::{Action, Body, Fault, InstanceState, Request};
 use crate::config::{
     BalloonStatsUpdate, BalloonUpdate, Descriptors, DrivePatch, HintingStart, Logger, Metrics,
-    SnapshotCreate, SnapshotLoad, Source, VmConfig,
+    SnapshotCreate, SnapshotLoad, SnapshotReset, Source, VmConfig, WorkingSetRecord,
 };
 
 /// Where the microVM is in its life.
@@ -45,6 +45,10 @@ pub enum Effect {
     /// Build a guest from a snapshot; nothing but logger, metrics, console and serial port is
     /// configured. Call [`Configurator::adopt`] before [`Configurator::done`].
     LoadSnapshot(SnapshotLoad),
+    /// Make the guest what it was when it was loaded.
+    ResetSnapshot(SnapshotReset),
+    /// Write down which pages the guest has touched.
+    RecordWorkingSet(WorkingSetRecord),
     FlushMetrics,
     SendCtrlAltDel,
     /// End the VMM at once.
@@ -287,6 +291,15 @@ impl Configurator {
             }
             R::CreateSnapshot(create) => self.create_snapshot(create),
             R::LoadSnapshot(load) => self.load_snapshot(load),
+            R::ResetSnapshot(reset) => {
+                self.after_start("/snapshot/reset")?;
+                Ok(Effect::ResetSnapshot(reset))
+            }
+            R::RecordWorkingSet(record) => {
+                self.after_start("/snapshot/working-set")?;
+                self.check_source("path", Some(&record.path))?;
+                Ok(Effect::RecordWorkingSet(record))
+            }
             other => self.balloon(other),
         }
     }
@@ -311,7 +324,20 @@ impl Configurator {
                 };
                 self.descriptors.clear();
             }
-            Effect::CreateSnapshot(_) => self.descriptors.clear(),
+            Effect::CreateSnapshot(create) => {
+                if create.resume_vm {
+                    self.phase = Phase::Running;
+                }
+                self.descriptors.clear();
+            }
+            Effect::ResetSnapshot(reset) => {
+                self.phase = if reset.resume_vm {
+                    Phase::Running
+                } else {
+                    Phase::Paused
+                };
+            }
+            Effect::RecordWorkingSet(_) => self.descriptors.clear(),
             Effect::Resume => self.phase = Phase::Running,
             Effect::Pause => self.phase = Phase::Paused,
             Effect::SetLogger(logger) => self.merge_logger(logger),

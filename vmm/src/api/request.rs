@@ -2,7 +2,7 @@
 use crate::config::{
     Balloon, BalloonStatsUpdate, BalloonUpdate, BootSource, Console, Drive, DrivePatch, Entropy,
     HintingStart, Logger, MachineConfig, MachinePatch, Metrics, Prepare, Serial, SnapshotCreate,
-    SnapshotLoad, Vsock,
+    SnapshotLoad, SnapshotReset, Vsock, WorkingSetRecord,
 };
 
 /// A call that was understood: its documents are valid each by itself. Whether it fits the
@@ -40,6 +40,8 @@ pub enum Request {
     Resume,
     CreateSnapshot(SnapshotCreate),
     LoadSnapshot(SnapshotLoad),
+    ResetSnapshot(SnapshotReset),
+    RecordWorkingSet(WorkingSetRecord),
 }
 
 /// `PUT /actions`.

@@ -48,6 +48,8 @@ pub fn route(method: Method, path: &str, body: &[u8]) -> Result<Request, Fault> 
         (Method::Put, "actions", None, None) => action(body),
         (Method::Put, "snapshot", Some("create"), None) => json(body).map(R::CreateSnapshot),
         (Method::Put, "snapshot", Some("load"), None) => json(body).map(R::LoadSnapshot),
+        (Method::Put, "snapshot", Some("reset"), None) => json(body).map(R::ResetSnapshot),
+        (Method::Put, "snapshot", Some("working-set"), None) => json(body).map(R::RecordWorkingSet),
 
         (Method::Patch, "machine-config", None, None) => json(body).map(R::PatchMachineConfig),
         (Method::Patch, "drives", Some(id), None) => patch_drive(id, body),

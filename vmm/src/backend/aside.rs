@@ -60,7 +60,7 @@ impl Aside {
 
     /// Gives the file its name; whatever had it keeps its contents for those who have it open.
     /// Call [`Aside::sync`] first.
-    pub fn commit(mut self) -> io::Result<()> {
+    pub fn commit(&mut self) -> io::Result<()> {
         let Some((temporary, path)) = &self.place else {
             return Ok(());
         };
@@ -106,7 +106,7 @@ mod tests {
         let path = directory.path().join("snapshot");
         std::fs::write(&path, "old").unwrap();
         let mut reader = File::open(&path).unwrap();
-        let aside = Aside::create(&path).unwrap();
+        let mut aside = Aside::create(&path).unwrap();
         aside.file().write_all(b"new").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"old");
         aside.sync().unwrap();

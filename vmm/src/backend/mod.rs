@@ -1,6 +1,7 @@
 //! Host resources behind devices: files, io_uring, sockets, descriptors. No virtio types.
 #![allow(unsafe_code)]
 pub mod aside;
+pub mod behind;
 pub mod disk;
 mod engine;
 pub mod file;

@@ -35,7 +35,9 @@ pub use machine::{
     CpuBaseline, HugePages, MAX_MEM_MIB, MAX_VCPUS, MIN_MEM_MIB, MachineConfig, MachinePatch,
 };
 pub use output::{Console, Logger, Metrics, Serial};
-pub use snapshot::{DriveOverride, SnapshotCreate, SnapshotLoad, SnapshotType};
+pub use snapshot::{
+    DriveOverride, SnapshotCreate, SnapshotLoad, SnapshotReset, SnapshotType, WorkingSetRecord,
+};
 pub use source::Source;
 pub(crate) use source::check_fd_name;
 pub use vm::{Entropy, Prepare, VmConfig};

@@ -13,6 +13,8 @@ pub enum SnapshotType {
     Full,
     /// What may differ from the memory file the guest was loaded from, or from zeros.
     Diff,
+    /// Ours: what has changed since the guest's last snapshot in this process; without one, as `Diff`.
+    Increment,
 }
 
 /// `PUT /snapshot/create`.
@@ -30,6 +32,27 @@ pub struct SnapshotCreate {
     /// written before are frozen.
     #[serde(default)]
     pub next_layers: BTreeMap<String, Source>,
+    /// The guest runs on as soon as its memory is frozen, before the files are written. It need not be
+    /// paused before.
+    #[serde(default)]
+    pub resume_vm: bool,
+}
+
+/// `PUT /snapshot/reset`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotReset {
+    /// Whether the guest runs at once.
+    #[serde(default)]
+    pub resume_vm: bool,
+}
+
+/// `PUT /snapshot/working-set`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WorkingSetRecord {
+    /// Where it goes: a path, or a descriptor of an empty regular file.
+    pub path: Source,
 }
 
 /// `PUT /snapshot/load`.
@@ -41,6 +64,10 @@ pub struct SnapshotLoad {
     pub mem_file_path: Source,
     /// Whether the guest runs at once.
     pub resume_vm: bool,
+    /// Pages to bring in before the guest runs, as recorded by `/snapshot/working-set`.
+    pub working_set: Option<Source>,
+    /// Whether changes are watched from the start.
+    pub track_dirty_pages: bool,
     /// Whether the guest's clocks go on by the time that has passed, or from where they stood.
     pub clock_realtime: bool,
     /// Takes the place of the socket in the snapshot.
@@ -82,6 +109,8 @@ struct RawLoad {
     resume_vm: bool,
     #[serde(default)]
     clock_realtime: bool,
+    #[serde(default)]
+    working_set: Option<Source>,
     #[serde(default)]
     network_overrides: Vec<IgnoredAny>,
     #[serde(default)]
@@ -146,18 +175,6 @@ impl TryFrom<RawLoad> for SnapshotLoad {
                 ));
             }
         };
-        for (field, value) in [
-            ("enable_diff_snapshots", raw.enable_diff_snapshots),
-            ("track_dirty_pages", raw.track_dirty_pages),
-        ] {
-            if value == Some(true) {
-                return Err(ConfigError::new(
-                    field,
-                    "not offered: what changed is found by scanning, so that Diff snapshots \
-                     work without; leave the field out",
-                ));
-            }
-        }
         refuse(
             "network_overrides",
             raw.network_overrides.first(),
@@ -192,6 +209,9 @@ impl TryFrom<RawLoad> for SnapshotLoad {
             snapshot_path: raw.snapshot_path,
             mem_file_path,
             resume_vm: raw.resume_vm,
+            working_set: raw.working_set,
+            track_dirty_pages: raw.enable_diff_snapshots == Some(true)
+                || raw.track_dirty_pages == Some(true),
             clock_realtime: raw.clock_realtime,
             vsock: raw.vsock_override.map(|vsock| vsock.uds_path),
             drives,
@@ -208,6 +228,11 @@ impl SnapshotLoad {
             ("mem_file_path", &self.mem_file_path),
         ]
         .into_iter()
+        .chain(
+            self.working_set
+                .iter()
+                .map(|source| ("working_set", source)),
+        )
         .chain(self.vsock.iter().map(|source| ("vsock_override", source)))
         .chain(
             self.drives
@@ -253,10 +278,6 @@ mod tests {
             (
                 r#","mem_backend":{"backend_type":"Uffd","backend_path":"m"}"#,
                 "Uffd",
-            ),
-            (
-                r#","mem_file_path":"m","track_dirty_pages":true"#,
-                "track_dirty_pages",
             ),
             (
                 r#","mem_file_path":"m","network_overrides":[{}]"#,

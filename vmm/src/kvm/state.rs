@@ -3,6 +3,8 @@
 //! The order matters (KVM api.rst; each line below says why where it is not obvious). What is
 //! given back may come from a file that somebody made up: KVM checks registers, interrupt
 //! controllers and XSAVE areas itself; MSRs go through a list of ours.
+use std::time::Instant;
+
 use kvm_bindings::{
     CpuId, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     Msrs, Xsave, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state,
@@ -102,12 +104,15 @@ fn wanted() -> impl Iterator<Item = u32> {
     all.filter(move |msr| !beyond(msr))
 }
 
-pub(super) fn save(vcpu: &Vcpu) -> Result<VcpuState, VcpuError> {
+/// Also returns when the TSC was read.
+pub(super) fn save(vcpu: &Vcpu) -> Result<(VcpuState, Instant), VcpuError> {
     let fd = &vcpu.fd;
     let failed = |what| vcpu.err(what);
     // First: it makes KVM act on an INIT or SIPI that waits.
     let mp_state = fd.get_mp_state().map_err(failed("give its run state"))?;
-    Ok(VcpuState {
+    let tsc_read = Instant::now();
+    let msrs = save_msrs(vcpu)?;
+    let state = VcpuState {
         mp_state,
         regs: fd.get_regs().map_err(failed("give its registers"))?,
         sregs: vcpu.sregs()?,
@@ -122,12 +127,13 @@ pub(super) fn save(vcpu: &Vcpu) -> Result<VcpuState, VcpuError> {
         // Not every KVM knows.
         tsc_khz: fd.get_tsc_khz().unwrap_or(0),
         cpuid: vcpu.cpuid.get().cloned().unwrap_or_default(),
-        msrs: save_msrs(vcpu)?,
+        msrs,
         // Last: what the calls above delivered is in it.
         events: fd
             .get_vcpu_events()
             .map_err(failed("give its pending events"))?,
-    })
+    };
+    Ok((state, tsc_read))
 }
 
 fn save_xsave(vcpu: &Vcpu) -> Result<Vec<u8>, VcpuError> {
@@ -178,14 +184,18 @@ fn list(vcpu: &Vcpu, entries: &[kvm_msr_entry]) -> Result<Msrs, VcpuError> {
         .map_err(|_| vcpu.err("take that many MSRs")(kvm_ioctls::Error::new(libc::E2BIG)))
 }
 
-pub(super) fn restore(vcpu: &Vcpu, saved: &VcpuState) -> Result<(), VcpuError> {
+/// Returns when the TSC was set.
+pub(super) fn restore(vcpu: &Vcpu, saved: &VcpuState) -> Result<Instant, VcpuError> {
     let fd = &vcpu.fd;
     let failed = |what| vcpu.err(what);
     restore_tsc_rate(vcpu, saved.tsc_khz)?;
     // Before the system registers: kvm-amd checks long mode against it.
     let cpuid = CpuId::from_entries(&saved.cpuid)
         .map_err(|_| failed("take that many CPUID leaves")(kvm_ioctls::Error::new(libc::E2BIG)))?;
-    vcpu.set_cpuid(&cpuid)?;
+    // One that goes back to what it was has it already, and KVM takes no other once a vCPU has run.
+    if vcpu.cpuid.get().is_none() {
+        vcpu.set_cpuid(&cpuid)?;
+    }
     fd.set_mp_state(saved.mp_state)
         .map_err(failed("take its run state"))?;
     vcpu.set_regs(&saved.regs)?;
@@ -197,13 +207,14 @@ pub(super) fn restore(vcpu: &Vcpu, saved: &VcpuState) -> Result<(), VcpuError> {
         .map_err(failed("take its debug registers"))?;
     // After the system registers, which say where the APIC is and in which mode.
     vcpu.set_lapic(&saved.lapic)?;
+    let tsc_set = Instant::now();
     restore_msrs(vcpu, &saved.msrs)?;
     fd.set_vcpu_events(&saved.events)
         .map_err(failed("take its pending events"))?;
     // Tells kvm-clock guests that they stood still, lest their watchdogs bark. Guests without
     // kvm-clock cannot be told.
     let _ = fd.kvmclock_ctrl();
-    Ok(())
+    Ok(tsc_set)
 }
 
 fn restore_tsc_rate(vcpu: &Vcpu, saved: u32) -> Result<(), VcpuError> {
@@ -283,7 +294,12 @@ fn restore_msrs(vcpu: &Vcpu, saved: &[(u32, u64)]) -> Result<(), VcpuError> {
 
 type Failed = (&'static str, kvm_ioctls::Error);
 
-pub(super) fn save_vm(fd: &VmFd, has_pit: bool) -> Result<VmState, Failed> {
+/// Since `then`.
+fn nanoseconds(then: Instant) -> u64 {
+    u64::try_from(then.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}
+
+pub(super) fn save_vm(fd: &VmFd, has_pit: bool, tsc_read: Instant) -> Result<VmState, Failed> {
     let chip = |id| {
         let mut chip = kvm_irqchip {
             chip_id: id,
@@ -294,9 +310,13 @@ pub(super) fn save_vm(fd: &VmFd, has_pit: bool) -> Result<VmState, Failed> {
         Ok(chip)
     };
     let pit = has_pit.then(|| fd.get_pit2()).transpose();
+    let mut clock = fd.get_clock().map_err(|e| ("give its clock", e))?;
+    // What it showed when the TSC was read: Linux compares the two, and does not trust a TSC that leaps.
+    clock.clock = clock.clock.saturating_sub(nanoseconds(tsc_read));
+    clock.realtime = clock.realtime.saturating_sub(nanoseconds(tsc_read));
     Ok(VmState {
         pit: pit.map_err(|e| ("give its timer", e))?,
-        clock: fd.get_clock().map_err(|e| ("give its clock", e))?,
+        clock,
         chips: [
             chip(KVM_IRQCHIP_PIC_MASTER)?,
             chip(KVM_IRQCHIP_PIC_SLAVE)?,
@@ -305,7 +325,12 @@ pub(super) fn save_vm(fd: &VmFd, has_pit: bool) -> Result<VmState, Failed> {
     })
 }
 
-pub(super) fn restore_vm(fd: &VmFd, saved: &VmState, advance: bool) -> Result<(), Failed> {
+pub(super) fn restore_vm(
+    fd: &VmFd,
+    saved: &VmState,
+    advance: bool,
+    tsc_set: Instant,
+) -> Result<(), Failed> {
     if let Some(pit) = &saved.pit {
         fd.set_pit2(pit).map_err(|e| ("take its timer", e))?;
     }
@@ -316,6 +341,9 @@ pub(super) fn restore_vm(fd: &VmFd, saved: &VmState, advance: bool) -> Result<()
     if advance && saved.clock.flags & KVM_CLOCK_REALTIME != 0 {
         clock.flags = KVM_CLOCK_REALTIME;
         clock.realtime = saved.clock.realtime;
+    } else {
+        // The TSC has run since it was set.
+        clock.clock = clock.clock.saturating_add(nanoseconds(tsc_set));
     }
     fd.set_clock(&clock).map_err(|e| ("take its clock", e))?;
     for (chip, id) in saved.chips.iter().zip([

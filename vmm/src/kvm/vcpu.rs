@@ -5,6 +5,7 @@
 //! that costs a millisecond in the rare case and needs no handler state.
 use std::cell::OnceCell;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -19,6 +20,18 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::state::{self, VcpuState};
 use crate::bus::Bus;
+
+/// `struct kvm_pre_fault_memory` (KVM api.rst 4.143).
+#[repr(C)]
+struct PreFault {
+    gpa: u64,
+    size: u64,
+    flags: u64,
+    padding: [u64; 5],
+}
+
+/// `_IOWR(KVMIO, 0xd5, struct kvm_pre_fault_memory)`.
+const PRE_FAULT_MEMORY: libc::c_ulong = 0xc040_aed5;
 
 #[derive(Debug, thiserror::Error)]
 pub enum VcpuError {
@@ -93,14 +106,35 @@ impl Vcpu {
         self.index
     }
 
-    /// Everything KVM knows of the vCPU, which must not run.
-    pub fn save(&self) -> Result<VcpuState, VcpuError> {
+    /// Everything KVM knows of the vCPU, which must not run; and when its TSC was read.
+    pub fn save(&self) -> Result<(VcpuState, Instant), VcpuError> {
         state::save(self)
     }
 
-    /// Makes the vCPU one that was saved. Memory slots and interrupt controllers exist.
-    pub fn restore(&self, saved: &VcpuState) -> Result<(), VcpuError> {
+    /// Makes the vCPU one that was saved. Memory slots and interrupt controllers exist. Returns when its TSC
+    /// was set.
+    pub fn restore(&self, saved: &VcpuState) -> Result<Instant, VcpuError> {
         state::restore(self, saved)
+    }
+
+    /// Fills the guest's second-stage page tables for these guest-physical addresses ahead of need
+    /// (KVM_PRE_FAULT_MEMORY, 6.11). Returns whether this KVM can.
+    pub fn pre_fault(&self, start: u64, len: u64) -> bool {
+        let mut left = PreFault {
+            gpa: start,
+            size: len,
+            flags: 0,
+            padding: [0; 5],
+        };
+        while left.size > 0 {
+            // SAFETY: the argument is the structure that the call names; KVM writes to it alone.
+            let done = unsafe { libc::ioctl(self.fd.as_raw_fd(), PRE_FAULT_MEMORY, &mut left) };
+            let error = io::Error::last_os_error();
+            if done != 0 && error.raw_os_error() != Some(libc::EINTR) {
+                return false;
+            }
+        }
+        true
     }
 
     pub(super) fn err(&self, what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VcpuError {
@@ -236,8 +270,16 @@ struct State {
     wanted: Wanted,
     /// The thread waits, outside KVM_RUN, with no exit half handled.
     paused: bool,
-    /// Somebody wants the vCPU's state.
-    asked: Option<SyncSender<Result<VcpuState, VcpuError>>>,
+    /// Somebody wants something of the vCPU.
+    asked: Option<Ask>,
+}
+
+/// What a paused vCPU's thread is asked for.
+enum Ask {
+    /// Its state, and when its TSC was read.
+    Save(SyncSender<Result<(VcpuState, Instant), VcpuError>>),
+    /// To become what was saved. The answer: when its TSC was set.
+    Restore(Box<VcpuState>, SyncSender<Result<Instant, VcpuError>>),
 }
 
 /// Shared between the thread and whoever commands it.
@@ -300,10 +342,24 @@ impl VcpuThread {
     }
 
     /// The state of a vCPU that is paused.
-    pub fn save(&self, deadline: Instant) -> Result<VcpuState, VcpuError> {
+    pub fn save(&self, deadline: Instant) -> Result<(VcpuState, Instant), VcpuError> {
+        self.ask(Ask::Save, deadline)
+    }
+
+    /// Makes a vCPU that is paused what it was. Returns when its TSC was set.
+    pub fn restore(&self, saved: &VcpuState, deadline: Instant) -> Result<Instant, VcpuError> {
+        let saved = Box::new(saved.clone());
+        self.ask(|sender| Ask::Restore(saved, sender), deadline)
+    }
+
+    fn ask<T>(
+        &self,
+        ask: impl FnOnce(SyncSender<Result<T, VcpuError>>) -> Ask,
+        deadline: Instant,
+    ) -> Result<T, VcpuError> {
         let index = self.index;
         let (sender, receiver) = sync_channel(1);
-        self.control.lock().asked = Some(sender);
+        self.control.lock().asked = Some(ask(sender));
         self.control.changed.notify_all();
         let left = deadline.saturating_duration_since(Instant::now());
         receiver
@@ -350,10 +406,17 @@ impl Runner {
                 state.paused = true;
                 control.changed.notify_all();
             }
-            if let Some(reply) = state.asked.take() {
+            if let Some(ask) = state.asked.take() {
                 drop(state);
                 // Whoever asked may have given up.
-                let _ = reply.send(self.vcpu.save());
+                match ask {
+                    Ask::Save(reply) => {
+                        let _ = reply.send(self.vcpu.save());
+                    }
+                    Ask::Restore(saved, reply) => {
+                        let _ = reply.send(self.vcpu.restore(&saved));
+                    }
+                }
                 state = control.lock();
                 continue;
             }

@@ -2,6 +2,7 @@
 use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
@@ -202,19 +203,24 @@ impl Vm {
         usize::try_from(told).map_or(state::XSAVE_MIN, |len| len.max(state::XSAVE_MIN))
     }
 
-    /// Interrupt controllers, timer and clock. No vCPU runs.
-    pub fn save(&self) -> Result<VmState, VmError> {
-        state::save_vm(&self.fd, self.has_pit).map_err(|(what, e)| ioctl(what)(e))
+    /// Interrupt controllers, timer and clock, as it was when the first vCPU's TSC was read. No vCPU runs.
+    pub fn save(&self, tsc_read: Instant) -> Result<VmState, VmError> {
+        state::save_vm(&self.fd, self.has_pit, tsc_read).map_err(|(what, e)| ioctl(what)(e))
     }
 
     /// The same the other way, after the vCPUs were restored. With `advance` the guest's clock
     /// goes on by the time that has passed since, where host and snapshot know it; else it goes
-    /// on where it stood.
-    pub fn restore(&mut self, saved: &VmState, advance: bool) -> Result<(), VmError> {
+    /// on where it stood when the TSC, which was set to what it was, has run since `tsc_set`.
+    pub fn restore(
+        &mut self,
+        saved: &VmState,
+        advance: bool,
+        tsc_set: Instant,
+    ) -> Result<(), VmError> {
         if saved.pit.is_some() && !self.has_pit {
             self.create_pit()?;
         }
-        state::restore_vm(&self.fd, saved, advance).map_err(|(what, e)| ioctl(what)(e))
+        state::restore_vm(&self.fd, saved, advance, tsc_set).map_err(|(what, e)| ioctl(what)(e))
     }
 }
 

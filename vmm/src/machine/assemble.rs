@@ -198,6 +198,7 @@ impl Running {
             balloon: handles.balloon,
             console: handles.console,
             serial: handles.serial,
+            origin: None,
         }
     }
 }
@@ -589,15 +590,18 @@ impl<'a> Builder<'a> {
 
     /// A new one, which nobody has had.
     pub(super) fn write_generation_id(&self) -> Result<()> {
-        let mut id = [0u8; 16];
-        File::open("/dev/urandom")
-            .and_then(|mut random| random.read_exact(&mut id))
-            .map_err(device("VM generation id"))?;
-        self.memory
-            .ram
-            .write_slice(&id, GuestAddress(layout::VM_GENERATION_ID))
-            .map_err(AssembleError::Ram)
+        write_generation_id(&self.memory.ram)
     }
+}
+
+/// A new one, which nobody has had.
+pub(super) fn write_generation_id(ram: &GuestRam) -> Result<()> {
+    let mut id = [0u8; 16];
+    File::open("/dev/urandom")
+        .and_then(|mut random| random.read_exact(&mut id))
+        .map_err(device("VM generation id"))?;
+    ram.write_slice(&id, GuestAddress(layout::VM_GENERATION_ID))
+        .map_err(AssembleError::Ram)
 }
 
 /// Bytes of serial output that are passed on: it is for early debugging, not a log.

@@ -1,7 +1,7 @@
 //! A built guest: its vCPUs, devices and the handles the API reaches them by.
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -10,9 +10,12 @@ use crate::backend::layers;
 use crate::kvm::{GuestBus, VcpuError, VcpuThread, Vm};
 use crate::legacy::SerialRegisters;
 use crate::log_warn;
-use crate::memory::GuestRam;
+use crate::memory::changes::Changes;
 use crate::memory::discard::{AnonymousPages, GuestPages};
-use crate::memory::template::{TemplatePages, Zeroed};
+use crate::memory::template::{self, TemplatePages, Zeroed};
+use crate::memory::working_set::WorkingSet;
+use crate::memory::{GuestRam, MemoryError};
+use crate::snapshot::Saved;
 use crate::virtio::balloon::BalloonHandle;
 use crate::virtio::blk;
 use crate::virtio::console::ConsoleHandle;
@@ -40,14 +43,18 @@ pub(super) struct GuestMemory {
     pub(super) template: Option<File>,
     /// What the balloon took.
     pub(super) zeroed: Zeroed,
+    /// What was written since the last snapshot. Shared with whoever still writes one.
+    pub(super) changes: Arc<Mutex<Changes>>,
 }
 
 impl GuestMemory {
     pub(super) fn booted(ram: Arc<GuestRam>) -> Self {
+        let zeroed = Zeroed::default();
         Self {
             ram,
             template: None,
-            zeroed: Zeroed::default(),
+            changes: Arc::new(Mutex::new(Changes::new(zeroed.clone()))),
+            zeroed,
         }
     }
 
@@ -56,6 +63,23 @@ impl GuestMemory {
             template: Some(template),
             ..Self::booted(ram)
         }
+    }
+
+    /// Watches changes from now on.
+    pub(super) fn watch(&self) -> Result<(), MemoryError> {
+        let mut changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        changes.watch(&self.ram).map_err(MemoryError::Watch)
+    }
+
+    /// Drops what the guest has changed since it was loaded; `false`: it was not loaded.
+    pub(super) fn go_back(&self) -> Result<bool, MemoryError> {
+        let Some(template) = &self.template else {
+            return Ok(false);
+        };
+        template::go_back(&self.ram, template, &self.zeroed).map_err(MemoryError::GoBack)?;
+        let mut changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        changes.forget();
+        Ok(true)
     }
 
     /// How its pages are given back.
@@ -81,6 +105,14 @@ pub(super) struct Guest {
     pub(super) console: ConsoleHandle,
     pub(super) serial: SerialRegisters,
     pub(super) memory: GuestMemory,
+    /// What it was loaded from, if it was.
+    pub(super) origin: Option<Origin>,
+}
+
+/// A snapshot to go back to.
+pub(super) struct Origin {
+    pub(super) saved: Saved,
+    pub(super) working_set: WorkingSet,
 }
 
 impl Guest {

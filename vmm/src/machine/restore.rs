@@ -2,25 +2,33 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::sync::Arc;
+use std::time::Instant;
 
-use super::assemble::{AssembleError, Builder, Parts, Prepared, Result as Assembled};
-use super::guest::{Guest, GuestMemory};
+use super::assemble::{
+    AssembleError, Builder, Parts, Prepared, Result as Assembled, write_generation_id,
+};
+use super::events::DeviceEvents;
+use super::guest::{Guest, GuestMemory, Origin, PAUSE_WITHIN};
+use crate::api::Fault;
 use crate::arch::x86_64::{cpuid, layout};
 use crate::config::{
     Descriptors, Discovery, Drive, DriveOverride, Expect, Format, MAX_LAYERS, OpenError,
     SnapshotLoad, Source, VmConfig, Vsock,
 };
-use crate::kvm::Vcpu;
+use crate::kvm::{Vcpu, Vm};
+use crate::log_debug;
+use crate::memory::GuestRam;
 use crate::memory::template;
+use crate::memory::working_set::{self, WorkingSet, WorkingSetError};
 use crate::snapshot::{self, FormatError, Saved, format};
-use crate::virtio::device::InterruptLine;
-use crate::virtio::mmio::lock;
+use crate::virtio::device::{InterruptLine, RestoreError};
+use crate::virtio::mmio::{Transport, TransportState, lock};
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum LoadError {
     #[error(transparent)]
     Open(#[from] OpenError),
-    #[error("snapshot_path: {path} cannot be read: {source}")]
+    #[error("{path} cannot be read: {source}")]
     Read { path: String, source: io::Error },
     #[error("snapshot_path: {path}: {source}")]
     Format { path: String, source: FormatError },
@@ -31,6 +39,11 @@ pub(super) enum LoadError {
         path: String,
         found: u64,
         wanted: u64,
+    },
+    #[error("working_set: {path}: {source}")]
+    WorkingSet {
+        path: String,
+        source: WorkingSetError,
     },
     #[error("drive_overrides: the snapshot has no drive {0:?}")]
     NoDrive(String),
@@ -46,6 +59,8 @@ pub(super) enum LoadError {
 pub(super) struct Snapshot {
     saved: Saved,
     ram: File,
+    working_set: WorkingSet,
+    track: bool,
     advance: bool,
 }
 
@@ -84,9 +99,15 @@ impl Snapshot {
                 wanted,
             });
         }
+        let working_set = match &load.working_set {
+            Some(source) => read_working_set(source, descriptors)?,
+            None => WorkingSet::default(),
+        };
         Ok(Self {
             saved,
             ram,
+            working_set,
+            track: load.track_dirty_pages,
             advance: load.clock_realtime,
         })
     }
@@ -107,19 +128,85 @@ impl Snapshot {
         for vcpu in &saved.vcpus {
             cpuid::check_portable(&vcpu.cpuid, &here)?;
         }
+        let started = Instant::now();
+        let stage = |what: &str| {
+            log_debug!("{what}: {} us into the load", started.elapsed().as_micros());
+        };
         let mib = u64::from(saved.config.machine_config.mem_size_mib);
         let ram = Arc::new(template::map_file(&self.ram, mib)?);
         let memory = GuestMemory::restored(Arc::clone(&ram), self.ram);
+        if self.track {
+            memory.watch()?;
+        }
         let mut builder = Builder::new(&mut vm, memory, parts);
         let handles = builder.add_devices(&saved.serial)?;
+        stage("devices made");
         builder.vm.map_ram(&ram)?;
-        restore_vcpus(&vcpus, saved)?;
-        builder.vm.restore(&saved.vm, self.advance)?;
+        let tsc_set = restore_vcpus(&vcpus, saved)?;
+        builder.vm.restore(&saved.vm, self.advance, tsc_set)?;
+        stage("vCPUs restored");
         // Devices last: restoring the interrupt controllers would overwrite what they raise.
-        restore_devices(&builder, saved)?;
-        tell_generation(&builder, saved)?;
+        restore_devices(&builder.devices, saved, Transport::restore)?;
+        tell_generation(builder.vm, &ram, saved)?;
+        stage("devices restored");
+        if let Some(vcpu) = vcpus.first() {
+            let mut can = true;
+            self.working_set.bring_in(&ram, |start, len| {
+                can = can && vcpu.pre_fault(start, len);
+            });
+            stage("working set brought in");
+        }
         let running = builder.start(vcpus)?;
-        Ok(running.into_guest(vm, handles))
+        let mut guest = running.into_guest(vm, handles);
+        guest.origin = Some(Origin {
+            saved: self.saved,
+            working_set: self.working_set,
+        });
+        Ok(guest)
+    }
+}
+
+/// Makes a paused guest, whose devices are drained, what it was when it was loaded.
+pub(super) fn go_back(guest: &mut Guest) -> Result<(), Fault> {
+    let Some(origin) = guest.origin.take() else {
+        return Err(Fault::new(
+            "/snapshot/reset: this guest was not loaded from a snapshot",
+        ));
+    };
+    let done = go_back_to(guest, &origin).map_err(Fault::from_error);
+    guest.origin = Some(origin);
+    done
+}
+
+fn go_back_to(guest: &mut Guest, origin: &Origin) -> Assembled<()> {
+    let Origin { saved, working_set } = origin;
+    guest.memory.go_back()?;
+    let deadline = Instant::now() + PAUSE_WITHIN;
+    let mut tsc_set = None;
+    for (vcpu, state) in guest.vcpus.iter().zip(&saved.vcpus) {
+        let set = vcpu.restore(state, deadline)?;
+        tsc_set.get_or_insert(set);
+    }
+    let tsc_set = tsc_set.unwrap_or_else(Instant::now);
+    guest.vm.restore(&saved.vm, false, tsc_set)?;
+    restore_devices(&guest.devices, saved, Transport::go_back)?;
+    tell_generation(&guest.vm, &guest.memory.ram, saved)?;
+    working_set.bring_in(&guest.memory.ram, |_, _| {});
+    Ok(())
+}
+
+fn read_working_set(source: &Source, descriptors: &Descriptors) -> Result<WorkingSet, LoadError> {
+    let path = source.to_string();
+    let file = descriptors.open("working_set", source, Expect::ReadFile)?;
+    let mut bytes = Vec::new();
+    let read = file
+        .take(working_set::MAX_LEN as u64 + 1)
+        .read_to_end(&mut bytes);
+    match read {
+        Ok(_) => {
+            WorkingSet::decode(&bytes).map_err(|source| LoadError::WorkingSet { path, source })
+        }
+        Err(source) => Err(LoadError::Read { path, source }),
     }
 }
 
@@ -184,41 +271,44 @@ fn override_vsock(vsock: &mut Vsock, source: &Source) {
     vsock.uds_path.clone_from(source);
 }
 
-fn restore_vcpus(vcpus: &[Vcpu], saved: &Saved) -> Assembled<()> {
+/// Returns when the first one's TSC was set.
+fn restore_vcpus(vcpus: &[Vcpu], saved: &Saved) -> Assembled<Instant> {
+    let mut tsc_set = None;
     for (vcpu, state) in vcpus.iter().zip(&saved.vcpus) {
-        vcpu.restore(state)?;
+        let set = vcpu.restore(state)?;
+        tsc_set.get_or_insert(set);
     }
-    Ok(())
+    Ok(tsc_set.unwrap_or_else(Instant::now))
 }
 
-fn restore_devices(builder: &Builder<'_>, saved: &Saved) -> Assembled<()> {
-    let (saved, made) = (&saved.devices, &builder.devices);
+fn restore_devices(
+    made: &[DeviceEvents],
+    saved: &Saved,
+    restore: fn(&mut Transport, &TransportState) -> Result<(), RestoreError>,
+) -> Assembled<()> {
+    let saved = &saved.devices;
     if saved.len() != made.len() {
         let (saved, made) = (saved.len(), made.len());
         return Err(AssembleError::DeviceCount { saved, made });
     }
     for (state, device) in saved.iter().zip(made) {
         let mut transport = lock(&device.transport);
-        transport
-            .restore(state)
-            .map_err(|source| AssembleError::Restore {
-                device: transport.name().to_owned(),
-                source,
-            })?;
+        restore(&mut transport, state).map_err(|source| AssembleError::Restore {
+            device: transport.name().to_owned(),
+            source,
+        })?;
     }
     Ok(())
 }
 
 /// A new generation id, and the interrupt that makes Linux look at it and reseed.
-fn tell_generation(builder: &Builder<'_>, saved: &Saved) -> Assembled<()> {
+fn tell_generation(vm: &Vm, ram: &GuestRam, saved: &Saved) -> Assembled<()> {
     let boot = saved.config.boot_source.as_ref();
     if boot.is_none_or(|boot| boot.discovery != Discovery::Acpi) {
         return Ok(());
     }
-    builder.write_generation_id()?;
-    builder
-        .vm
-        .irq_line(layout::EVENT_DEVICE_GSI)
+    write_generation_id(ram)?;
+    vm.irq_line(layout::EVENT_DEVICE_GSI)
         .trigger()
         .map_err(|source| AssembleError::Device {
             what: "VM generation interrupt",

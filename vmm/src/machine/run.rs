@@ -2,6 +2,7 @@
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use event_manager::{EventManager, SubscriberId, SubscriberOps};
@@ -12,15 +13,19 @@ use super::assemble::{self, Parts, Prepared};
 use super::ending::Ending;
 use super::events::{Notice, Notices, Notifier, Subscriber, Woken};
 use super::guest::Guest;
-use super::{restore, save, signals};
+use super::save::{self, Capture, Files, us};
+use super::{restore, signals};
 use crate::api::args::{self, Args, Invocation};
 use crate::api::{
     Action, ApiHandle, ApiServer, Body, Command, CommandReceiver, Configurator, Effect, Fault,
-    InstanceState, Phase, Published, Request, ServerOptions, channel,
+    InstanceState, Phase, Published, Reply, Request, ServerOptions, channel,
 };
+use crate::backend::behind::Child;
 use crate::backend::inherited;
 use crate::backend::unix::SocketFile;
-use crate::config::{Expect, Logger, SnapshotCreate, SnapshotLoad, Source, VmConfig};
+use crate::config::{
+    Expect, Logger, SnapshotCreate, SnapshotLoad, SnapshotReset, Source, VmConfig, WorkingSetRecord,
+};
 use crate::legacy::MachineEvent;
 use crate::metrics::{FLUSH_PERIOD, Metrics, Registry};
 use crate::{log, log_debug, log_error, log_info, log_limited, log_warn};
@@ -106,10 +111,20 @@ struct Machine {
     /// Of the guest's devices while they are polled.
     polled: Vec<SubscriberId>,
     sockets: SocketFiles,
+    /// A snapshot whose call is being carried out: it is answered when it is written.
+    captured: Option<Captured>,
+    /// Waits for the last one that was written behind the running guest.
+    writing: Option<JoinHandle<()>>,
     boot_timer: bool,
     started: Instant,
     guest_started: Option<Instant>,
     ending: Option<Ending>,
+}
+
+/// A snapshot that a frozen copy of this process writes.
+struct Captured {
+    capture: Capture,
+    child: Child,
 }
 
 impl Machine {
@@ -179,6 +194,8 @@ impl Machine {
             guest: None,
             polled: Vec::new(),
             sockets,
+            captured: None,
+            writing: None,
             boot_timer: args.boot_timer,
             started,
             guest_started: None,
@@ -324,7 +341,10 @@ impl Machine {
             .add_descriptors(fds)
             .and_then(|()| self.apply(request));
         let worked = outcome.is_ok();
-        reply.send(outcome);
+        match (self.captured.take(), outcome) {
+            (Some(captured), Ok(_)) => self.write_behind(captured, reply),
+            (_, outcome) => reply.send(outcome),
+        }
         if let (Some(part), true) = (part, worked) {
             self.get_ahead(part);
         }
@@ -361,6 +381,8 @@ impl Machine {
                 created?;
             }
             Effect::LoadSnapshot(load) => self.load_snapshot(load)?,
+            Effect::ResetSnapshot(reset) => self.reset_snapshot(reset)?,
+            Effect::RecordWorkingSet(record) => self.record_working_set(record)?,
             Effect::FlushMetrics => self.write_metrics().map_err(Fault::from_error)?,
             Effect::SendCtrlAltDel => return Err(no_keyboard()),
             Effect::Stop => self.ending = Some(Ending::Stopped),
@@ -401,12 +423,113 @@ impl Machine {
         assemble::prepare(vcpu_count, dev_kvm).map_err(Fault::from_error)
     }
 
-    fn create_snapshot(&self, create: &SnapshotCreate) -> Result<(), Fault> {
+    fn create_snapshot(&mut self, create: &SnapshotCreate) -> Result<(), Fault> {
+        if self
+            .writing
+            .as_ref()
+            .is_some_and(|writer| !writer.is_finished())
+        {
+            return Err(Fault::new(
+                "/snapshot/create: the snapshot before is still being written; wait for its answer",
+            ));
+        }
         let Some(guest) = &self.guest else {
+            return Err(Fault::new("the guest has not been started"));
+        };
+        let files = Files::new(guest, self.configurator.descriptors(), create)
+            .map_err(Fault::from_error)?;
+        if !create.resume_vm {
+            let capture = self.capture(files, create)?;
+            return capture.write().map_err(Fault::from_error);
+        }
+        let was_running = self.configurator.phase() == Phase::Running;
+        if let (true, Some(guest)) = (was_running, &self.guest) {
+            save::look_ahead(guest).map_err(Fault::from_error)?;
+        }
+        let started = Instant::now();
+        if was_running {
+            self.pause()?;
+        }
+        let stopped = started.elapsed();
+        let begun = self.capture(files, create).and_then(|mut capture| {
+            let child = capture.begin_to_write().map_err(Fault::from_error)?;
+            Ok((capture, child))
+        });
+        match begun {
+            Ok((mut capture, child)) => {
+                self.resume();
+                capture.phases.stop_us = us(stopped);
+                capture.phases.paused_us = us(started.elapsed());
+                self.captured = Some(Captured { capture, child });
+                Ok(())
+            }
+            Err(fault) => {
+                if was_running {
+                    self.resume();
+                }
+                Err(fault)
+            }
+        }
+    }
+
+    fn capture(&self, files: Files, create: &SnapshotCreate) -> Result<Capture, Fault> {
+        let Some(guest) = &self.guest else {
+            return Err(Fault::new("the guest has not been started"));
+        };
+        Capture::begin(guest, self.configurator.config(), files, create).map_err(Fault::from_error)
+    }
+
+    /// A guest that cannot be made what it was is no guest any more.
+    fn reset_snapshot(&mut self, reset: &SnapshotReset) -> Result<(), Fault> {
+        if self
+            .guest
+            .as_ref()
+            .is_none_or(|guest| guest.origin.is_none())
+        {
+            return Err(Fault::new(
+                "/snapshot/reset: this guest was not loaded from a snapshot",
+            ));
+        }
+        let started = Instant::now();
+        if self.configurator.phase() == Phase::Running {
+            self.pause()?;
+        }
+        let Some(guest) = &mut self.guest else {
             return Ok(());
         };
-        let (config, descriptors) = (self.configurator.config(), self.configurator.descriptors());
-        save::create(guest, config, descriptors, create).map_err(Fault::from_error)
+        if let Err(fault) = restore::go_back(guest) {
+            self.ending = Some(Ending::Failed(format!("/snapshot/reset: {fault}")));
+            return Err(fault);
+        }
+        if reset.resume_vm {
+            self.resume();
+        }
+        log_info!("guest reset in {} us", started.elapsed().as_micros());
+        Ok(())
+    }
+
+    fn record_working_set(&self, record: &WorkingSetRecord) -> Result<(), Fault> {
+        let Some(guest) = &self.guest else {
+            return Err(Fault::new("the guest has not been started"));
+        };
+        save::record_working_set(guest, self.configurator.descriptors(), record)
+            .map_err(Fault::from_error)
+    }
+
+    /// Waits in a thread until the snapshot is written, and answers then.
+    fn write_behind(&mut self, captured: Captured, reply: Reply) {
+        let Captured { capture, child } = captured;
+        let wait = move || {
+            let phases = capture.phases;
+            let outcome = capture.complete(child.wait()).map_err(Fault::from_error);
+            reply.send(outcome.and_then(|()| Body::json(&phases)));
+        };
+        let thread = std::thread::Builder::new().name("snapshot".into());
+        match thread.spawn(wait) {
+            Ok(writer) => self.writing = Some(writer),
+            // The reply went with the closure, and says that nothing came of it.
+            Err(error) => log_error!("no thread for a snapshot: {error}"),
+        }
     }
 
     fn load_snapshot(&mut self, load: &SnapshotLoad) -> Result<(), Fault> {
@@ -590,6 +713,9 @@ impl Machine {
             }
         }
         self.published.set_state(InstanceState::NotStarted);
+        if let Some(writer) = self.writing.take() {
+            let _ = writer.join();
+        }
         if self.next_flush.is_some() {
             let _ = self.write_metrics();
         }

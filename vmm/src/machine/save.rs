@@ -1,16 +1,21 @@
 //! Saving a guest that stands still.
 use std::io::{self, Write};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::guest::{Guest, PAUSE_WITHIN};
 use crate::backend::aside::Aside;
+use crate::backend::behind::{self, Child};
 use crate::backend::layers::{self, LayersError, Named, NextLayer};
 use crate::config::{
     Descriptors, Expect, OpenError, SnapshotCreate, SnapshotType, Source, VmConfig,
+    WorkingSetRecord,
 };
 use crate::kvm::{VcpuError, VmError};
 use crate::log_info;
-use crate::memory::dump::{self, Contents, Extent};
+use crate::memory::changes::{Changes, Taken};
+use crate::memory::dump::{self, Contents, Extent, Plan};
+use crate::memory::working_set::WorkingSet;
 use crate::snapshot::{self, FormatError, Saved};
 use crate::virtio::mmio::lock;
 
@@ -28,6 +33,10 @@ pub(super) enum SaveError {
     NoLayers(String),
     #[error("next_layers: drive {id:?}: {source}")]
     Layers { id: String, source: LayersError },
+    #[error("the kernel does not tell which pages the guest has changed: {source}")]
+    Scan { source: io::Error },
+    #[error("no process can be made that writes the memory file: {0}")]
+    Fork(io::Error),
     #[error("{field}: {path} cannot be written: {source}; what was there before is untouched")]
     Write {
         field: &'static str,
@@ -40,11 +49,17 @@ pub(super) enum SaveError {
 fn save(guest: &Guest, config: &VmConfig) -> Result<Saved, SaveError> {
     let deadline = Instant::now() + PAUSE_WITHIN;
     // The vCPUs first: what waits for them becomes part of the interrupt controllers' state.
-    let vcpus = guest.vcpus.iter().map(|vcpu| vcpu.save(deadline));
+    let mut vcpus = Vec::with_capacity(guest.vcpus.len());
+    let mut tsc_read = None;
+    for vcpu in &guest.vcpus {
+        let (state, read) = vcpu.save(deadline)?;
+        tsc_read.get_or_insert(read);
+        vcpus.push(state);
+    }
     Ok(Saved {
         config: config.clone(),
-        vcpus: vcpus.collect::<Result<_, _>>()?,
-        vm: guest.vm.save()?,
+        vcpus,
+        vm: guest.vm.save(tsc_read.unwrap_or_else(Instant::now))?,
         devices: guest
             .devices
             .iter()
@@ -54,58 +69,220 @@ fn save(guest: &Guest, config: &VmConfig) -> Result<Saved, SaveError> {
     })
 }
 
-/// Writes state and RAM. Both get their names when both are whole.
-pub(super) fn create(
-    guest: &Guest,
-    config: &VmConfig,
-    descriptors: &Descriptors,
-    create: &SnapshotCreate,
-) -> Result<(), SaveError> {
-    let started = Instant::now();
-    let next = next_layers(guest, descriptors, create)?;
-    let state = snapshot::encode(&save(guest, config)?)?;
-    let state_file = place("snapshot_path", &create.snapshot_path, descriptors)?;
-    let ram_file = place("mem_file_path", &create.mem_file_path, descriptors)?;
-    let extent = match create.snapshot_type {
-        SnapshotType::Full => Extent::Full,
-        SnapshotType::Diff => Extent::Diff,
-    };
-    let contents = Contents {
-        ram: &guest.memory.ram,
-        template: guest.memory.template.as_ref(),
-        zeroed: &guest.memory.zeroed.get(),
-    };
-    let failed = |field, source: &Source| {
-        let path = source.to_string();
-        move |source| SaveError::Write {
-            field,
-            path,
-            source,
-        }
-    };
-    let ram_failed = || failed("mem_file_path", &create.mem_file_path);
-    let state_failed = || failed("snapshot_path", &create.snapshot_path);
-    let written = dump::write(&contents, extent, ram_file.file()).map_err(ram_failed())?;
-    let mut out = state_file.file();
-    out.write_all(&state).map_err(state_failed())?;
-    ram_file.sync().map_err(ram_failed())?;
-    state_file.sync().map_err(state_failed())?;
-    // The guest has stood still all the time: this is the same instant.
-    for (id, handle, layer) in next {
-        handle
-            .freeze(layer)
-            .map_err(|source| SaveError::Layers { id, source })?;
+/// Where a snapshot goes: made before the guest has to stand still.
+pub(super) struct Files {
+    state: Aside,
+    ram: Aside,
+    /// Drives whose layers will be frozen, and what is written then.
+    next_layers: Vec<(String, layers::Handle, NextLayer)>,
+}
+
+impl Files {
+    pub(super) fn new(
+        guest: &Guest,
+        descriptors: &Descriptors,
+        create: &SnapshotCreate,
+    ) -> Result<Self, SaveError> {
+        Ok(Self {
+            next_layers: next_layers(guest, descriptors, create)?,
+            state: place("snapshot_path", &create.snapshot_path, descriptors)?,
+            ram: place("mem_file_path", &create.mem_file_path, descriptors)?,
+        })
     }
-    // The state last: where it is, RAM is.
-    ram_file.commit().map_err(ram_failed())?;
-    state_file.commit().map_err(state_failed())?;
-    log_info!(
-        "snapshot: {} KiB of RAM and {} bytes of state in {} us",
-        written >> 10,
-        state.len(),
-        started.elapsed().as_micros()
-    );
-    Ok(())
+}
+
+/// Shortens the pause of a guest that still runs.
+pub(super) fn look_ahead(guest: &Guest) -> Result<(), SaveError> {
+    changes_of(&guest.memory.changes)
+        .look_ahead(&guest.memory.ram)
+        .map_err(|source| SaveError::Scan { source })
+}
+
+/// How long the parts of a capture took, in microseconds.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+pub(super) struct Phases {
+    /// From the call until the guest stood still.
+    pub(super) stop_us: u64,
+    /// State of vCPUs and devices.
+    pub(super) state_us: u64,
+    /// Finding, and protecting again, the pages to write.
+    pub(super) scan_us: u64,
+    /// The frozen copy.
+    pub(super) copy_us: u64,
+    /// All the time in which the guest did not run.
+    pub(super) paused_us: u64,
+}
+
+pub(super) fn us(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// A snapshot whose moment has been, but that is not written yet.
+pub(super) struct Capture {
+    create: SnapshotCreate,
+    saved: Saved,
+    files: Files,
+    plan: Plan,
+    pub(super) phases: Phases,
+    changes: Arc<Mutex<Changes>>,
+    /// Taken when it is written, or has failed.
+    taken: Option<Taken>,
+    started: Instant,
+}
+
+impl Capture {
+    /// Of a guest that is paused.
+    pub(super) fn begin(
+        guest: &Guest,
+        config: &VmConfig,
+        files: Files,
+        create: &SnapshotCreate,
+    ) -> Result<Self, SaveError> {
+        let started = Instant::now();
+        let saved = save(guest, config)?;
+        let state_us = us(started.elapsed());
+        let extent = match create.snapshot_type {
+            SnapshotType::Full => Extent::Full,
+            SnapshotType::Diff | SnapshotType::Increment => Extent::Diff,
+        };
+        let memory = &guest.memory;
+        let mut changes = changes_of(&memory.changes);
+        let taken = changes
+            .take(&memory.ram)
+            .map_err(|source| SaveError::Scan { source })?;
+        let planned = dump::plan(
+            &Contents {
+                ram: &memory.ram,
+                template: memory.template.as_ref(),
+                zeroed: &memory.zeroed.get(),
+                changed: taken
+                    .ranges()
+                    .filter(|_| create.snapshot_type == SnapshotType::Increment),
+            },
+            extent,
+        );
+        let plan = match planned {
+            Ok(plan) => plan,
+            Err(source) => {
+                changes.finish(taken, false);
+                return Err(SaveError::Scan { source });
+            }
+        };
+        Ok(Self {
+            create: create.clone(),
+            saved,
+            files,
+            plan,
+            phases: Phases {
+                state_us,
+                scan_us: us(started.elapsed()).saturating_sub(state_us),
+                ..Phases::default()
+            },
+            changes: Arc::clone(&memory.changes),
+            taken: Some(taken),
+            started,
+        })
+    }
+
+    /// Writes it, while the guest stands still.
+    pub(super) fn write(self) -> Result<(), SaveError> {
+        let written = self.plan.write(self.files.ram.file());
+        self.complete(written)
+    }
+
+    /// Has a frozen copy of this process write it: the guest may run on when this returns.
+    pub(super) fn begin_to_write(&mut self) -> Result<Child, SaveError> {
+        self.freeze_layers()?;
+        let started = Instant::now();
+        let (plan, out) = (&self.plan, self.files.ram.file());
+        let child = behind::begin(|| plan.write(out)).map_err(SaveError::Fork)?;
+        self.phases.copy_us = us(started.elapsed());
+        Ok(child)
+    }
+
+    /// At the instant at which RAM is taken: the guest stands still.
+    fn freeze_layers(&mut self) -> Result<(), SaveError> {
+        for (id, handle, layer) in self.files.next_layers.drain(..) {
+            handle
+                .freeze(layer)
+                .map_err(|source| SaveError::Layers { id, source })?;
+        }
+        Ok(())
+    }
+
+    /// Both files get their names when both are whole.
+    pub(super) fn complete(mut self, written: io::Result<u64>) -> Result<(), SaveError> {
+        let done = self.finish_files(written);
+        if let Some(taken) = self.taken.take() {
+            changes_of(&self.changes).finish(taken, done.is_ok());
+        }
+        let (written, state) = done?;
+        log_info!(
+            "snapshot: {} KiB of RAM and {state} bytes of state in {} us",
+            written >> 10,
+            self.started.elapsed().as_micros()
+        );
+        Ok(())
+    }
+
+    /// (bytes of RAM, bytes of state)
+    fn finish_files(&mut self, written: io::Result<u64>) -> Result<(u64, usize), SaveError> {
+        let failed = |field, source: &Source| {
+            let path = source.to_string();
+            move |source| SaveError::Write {
+                field,
+                path,
+                source,
+            }
+        };
+        let create = self.create.clone();
+        let ram_failed = || failed("mem_file_path", &create.mem_file_path);
+        let state_failed = || failed("snapshot_path", &create.snapshot_path);
+        let written = written.map_err(ram_failed())?;
+        let state = snapshot::encode(&self.saved)?;
+        let mut out = self.files.state.file();
+        out.write_all(&state).map_err(state_failed())?;
+        self.files.ram.sync().map_err(ram_failed())?;
+        self.files.state.sync().map_err(state_failed())?;
+        // Of a guest that has stood still all the time; of others it was done.
+        self.freeze_layers()?;
+        // The state last: where it is, RAM is.
+        self.files.ram.commit().map_err(ram_failed())?;
+        self.files.state.commit().map_err(state_failed())?;
+        Ok((written, state.len()))
+    }
+}
+
+/// What was taken is not lost with a capture that came to nothing.
+impl Drop for Capture {
+    fn drop(&mut self) {
+        if let Some(taken) = self.taken.take() {
+            changes_of(&self.changes).finish(taken, false);
+        }
+    }
+}
+
+/// Writes down which pages the guest has touched.
+pub(super) fn record_working_set(
+    guest: &Guest,
+    descriptors: &Descriptors,
+    record: &WorkingSetRecord,
+) -> Result<(), SaveError> {
+    let set = WorkingSet::record(&guest.memory.ram).map_err(|source| SaveError::Scan { source })?;
+    let mut out = place("path", &record.path, descriptors)?;
+    let written = out
+        .file()
+        .write_all(&set.encode())
+        .and_then(|()| out.commit());
+    written.map_err(|source| SaveError::Write {
+        field: "path",
+        path: record.path.to_string(),
+        source,
+    })
+}
+
+fn changes_of(changes: &Mutex<Changes>) -> MutexGuard<'_, Changes> {
+    changes.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Opens what will be written after the snapshot, before anything has changed.

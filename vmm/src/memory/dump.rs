@@ -16,8 +16,8 @@ const WRITE: usize = 16 << 20;
 pub enum Extent {
     /// All that are not zero.
     Full,
-    /// Those that may differ from the memory file the guest was loaded from (from zeros, if it
-    /// was booted), zero or not.
+    /// Those that may differ from the memory file the guest was loaded from (from zeros, if it was booted), or
+    /// of these only those that have changed since the last snapshot. Zero or not.
     Diff,
 }
 
@@ -28,22 +28,68 @@ pub struct Contents<'a> {
     pub template: Option<&'a File>,
     /// Guest-physical ranges that became zero behind the guest's back.
     pub zeroed: &'a RangeSet,
+    /// For [`Extent::Diff`]: offsets in the memory file that alone have changed since it was last written, if
+    /// that is known.
+    pub changed: Option<&'a RangeSet>,
+}
+
+/// What will be written. Its parts lie in RAM, which lives as long as the process.
+pub struct Plan {
+    parts: Vec<Part>,
+    extent: Extent,
+    len: u64,
+}
+
+/// Of one region.
+struct Part {
+    slot: Slot,
+    /// Its offset in the memory file.
+    base: u64,
+    /// As offsets in the region.
+    ranges: RangeSet,
 }
 
 /// Writes RAM to `out`, an empty file, and returns the number of bytes that are no holes. Nobody
 /// may write to RAM meanwhile: vCPUs are paused and devices drained.
 pub fn write(contents: &Contents<'_>, extent: Extent, out: &File) -> io::Result<u64> {
-    let all = slots(contents.ram);
-    out.set_len(all.iter().map(|slot| slot.len).sum())?;
+    plan(contents, extent)?.write(out)
+}
+
+/// Finds out what there is to write.
+pub fn plan(contents: &Contents<'_>, extent: Extent) -> io::Result<Plan> {
+    let mut parts = Vec::new();
     let mut base = 0;
-    let mut written = 0;
-    for slot in all {
-        for range in ranges(contents, extent, &slot, base)?.iter() {
-            written += write_range(&slot, range, extent, base, out)?;
-        }
+    for slot in slots(contents.ram) {
+        let ranges = match (extent, contents.changed) {
+            (Extent::Diff, Some(changed)) => changed
+                .within(&(base..base + slot.len))
+                .map(|range| range.start - base..range.end - base)
+                .collect(),
+            _ => ranges(contents, extent, &slot, base)?,
+        };
+        parts.push(Part { slot, base, ranges });
         base += slot.len;
     }
-    Ok(written)
+    Ok(Plan {
+        parts,
+        extent,
+        len: base,
+    })
+}
+
+impl Plan {
+    /// As [`write`], in this process or in a child that has a copy of its memory: computes and makes system
+    /// calls only.
+    pub fn write(&self, out: &File) -> io::Result<u64> {
+        out.set_len(self.len)?;
+        let mut written = 0;
+        for Part { slot, base, ranges } in &self.parts {
+            for range in ranges.iter() {
+                written += write_range(slot, range, self.extent, *base, out)?;
+            }
+        }
+        Ok(written)
+    }
 }
 
 /// The parts of a region to look at, as offsets in it.
@@ -52,10 +98,8 @@ fn ranges(contents: &Contents<'_>, extent: Extent, slot: &Slot, base: u64) -> io
     let private = scan::private_pages(&host)?;
     let private = private.iter().map(|r| r.start as u64..r.end as u64);
     let here = slot.guest_start..slot.guest_start + slot.len;
-    let zeroed = contents.zeroed.iter().filter_map(|range| {
-        let (start, end) = (range.start.max(here.start), range.end.min(here.end));
-        (start < end).then(|| start - here.start..end - here.start)
-    });
+    let zeroed = contents.zeroed.within(&here);
+    let zeroed = zeroed.map(|range| range.start - here.start..range.end - here.start);
     let mut wanted = RangeSet::default();
     match (extent, contents.template) {
         (Extent::Diff, _) => zeroed.for_each(|range| wanted.insert(range)),
@@ -171,6 +215,7 @@ mod tests {
             ram,
             template,
             zeroed,
+            changed: None,
         };
         write(&contents, extent, &out).unwrap();
         out

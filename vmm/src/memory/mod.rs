@@ -4,6 +4,7 @@
 //! touched exist; the mappings are named `guest-ram` for whoever reads `/proc/PID/smaps`. RAM of a
 //! restored guest is a private view of a memory file ([`template`]).
 #![allow(unsafe_code)]
+pub mod changes;
 pub mod discard;
 pub mod dump;
 pub mod ranges;
@@ -11,6 +12,8 @@ pub mod registers;
 mod scan;
 pub mod segment;
 pub mod template;
+mod userfault;
+pub mod working_set;
 
 use std::io;
 
@@ -34,6 +37,10 @@ pub enum MemoryError {
     Region { start: u64, source: MmapRegionError },
     #[error("the memory file has {found} bytes, and the guest's RAM {wanted}")]
     FileSize { found: u64, wanted: u64 },
+    #[error("changes of guest RAM cannot be watched: {0}")]
+    Watch(io::Error),
+    #[error("guest RAM cannot be made what it was: {0}")]
+    GoBack(io::Error),
     #[error("guest RAM regions overlap or wrap around")]
     Layout,
 }

@@ -20,6 +20,17 @@ impl RangeSet {
         self.0.iter().map(|(start, end)| *start..*end)
     }
 
+    /// The parts that lie in `range`.
+    pub fn within(&self, range: &Range<u64>) -> impl Iterator<Item = Range<u64>> {
+        let (from, to) = (range.start, range.end);
+        let before = self.0.range(..from).next_back();
+        let first = before.map_or(from, |(start, _)| *start);
+        self.0
+            .range(first..to.max(first))
+            .map(move |(start, end)| (*start).max(from)..(*end).min(to))
+            .filter(|part| !part.is_empty())
+    }
+
     /// Whether all of `range` is in the set.
     pub fn contains(&self, range: &Range<u64>) -> bool {
         let before = self.0.range(..=range.start).next_back();
@@ -101,6 +112,16 @@ mod tests {
             }
             for at in 0..64 {
                 prop_assert_eq!(set.contains(&(at..at + 1)), table[at as usize]);
+            }
+            for (from, to) in [(0, 64), (10, 20), (63, 64), (5, 5)] {
+                let mut inside = [false; 64];
+                for at in set.within(&(from..to)).flatten() {
+                    inside[at as usize] = true;
+                }
+                for at in 0..64 {
+                    let expected = table[at as usize] && (from..to).contains(&at);
+                    prop_assert_eq!(inside[at as usize], expected);
+                }
             }
             let ranges: Vec<_> = set.iter().collect();
             for pair in ranges.windows(2) {

@@ -13,7 +13,7 @@ const PAGE: usize = 4096;
 
 /// `struct pm_scan_arg`.
 #[repr(C)]
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 struct ScanArg {
     size: u64,
     flags: u64,
@@ -38,17 +38,20 @@ struct PageRegion {
     categories: u64,
 }
 
+const IS_WRITTEN: u64 = 1 << 1;
 const IS_FILE: u64 = 1 << 2;
 const IS_PRESENT: u64 = 1 << 3;
 const IS_SWAPPED: u64 = 1 << 4;
 const IS_ZERO_PAGE: u64 = 1 << 5;
+const WP_MATCHING: u64 = 1 << 0;
+const CHECK_WPASYNC: u64 = 1 << 1;
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::c_ulong = 3 << 30 | (size_of::<ScanArg>() as u64) << 16 | 0x66 << 8 | 16;
 
 /// Own pages between the addresses `range` of this process, as offsets from its start.
 pub(super) fn private_pages(range: &Range<usize>) -> io::Result<Vec<Range<usize>>> {
     let pagemap = File::open("/proc/self/pagemap")?;
-    match scan(&pagemap, range) {
+    match scan(&pagemap, range, ScanArg::default()) {
         Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
             read_entries(&pagemap, range)
         }
@@ -56,7 +59,46 @@ pub(super) fn private_pages(range: &Range<usize>) -> io::Result<Vec<Range<usize>
     }
 }
 
-fn scan(pagemap: &File, range: &Range<usize>) -> io::Result<Vec<Range<usize>>> {
+/// Pages of a file that are mapped and unchanged.
+pub(super) fn shared_pages(range: &Range<usize>) -> io::Result<Vec<Range<usize>>> {
+    let pagemap = File::open("/proc/self/pagemap")?;
+    let arg = ScanArg {
+        category_mask: IS_FILE | IS_PRESENT,
+        ..ScanArg::default()
+    };
+    scan_for(&pagemap, range, arg)
+}
+
+/// Own pages between these addresses that were written since they were last asked for; they are protected
+/// again in the same step. The range is registered for asynchronous write protection.
+pub(super) fn written(pagemap: &File, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
+    let whole = range.start as usize..range.end as usize;
+    let protect = ScanArg {
+        flags: WP_MATCHING | CHECK_WPASYNC,
+        category_mask: IS_WRITTEN,
+        ..ScanArg::default()
+    };
+    let found = scan(pagemap, &whole, protect)?;
+    let found = found.into_iter();
+    Ok(found.map(|r| r.start as u64..r.end as u64).collect())
+}
+
+/// Own pages, with what `also` asks beside.
+fn scan(pagemap: &File, range: &Range<usize>, also: ScanArg) -> io::Result<Vec<Range<usize>>> {
+    let own = ScanArg {
+        category_inverted: IS_FILE | IS_ZERO_PAGE,
+        category_mask: IS_FILE | IS_ZERO_PAGE | also.category_mask,
+        category_anyof_mask: IS_PRESENT | IS_SWAPPED,
+        ..also
+    };
+    scan_for(pagemap, range, own)
+}
+
+fn scan_for(
+    pagemap: &File,
+    range: &Range<usize>,
+    wanted: ScanArg,
+) -> io::Result<Vec<Range<usize>>> {
     let mut found = Vec::new();
     let mut regions = vec![PageRegion::default(); 512];
     let mut at = range.start as u64;
@@ -67,13 +109,10 @@ fn scan(pagemap: &File, range: &Range<usize>) -> io::Result<Vec<Range<usize>>> {
             end: range.end as u64,
             vec: regions.as_mut_ptr() as u64,
             vec_len: regions.len() as u64,
-            category_inverted: IS_FILE | IS_ZERO_PAGE,
-            category_mask: IS_FILE | IS_ZERO_PAGE,
-            category_anyof_mask: IS_PRESENT | IS_SWAPPED,
-            ..ScanArg::default()
+            ..wanted
         };
-        // SAFETY: the argument is of the size it names, and `vec` has room for `vec_len` regions;
-        // without flags the call changes nothing but these.
+        // SAFETY: the argument is of the size it names, and `vec` has room for `vec_len` regions; the call
+        // changes nothing but these, and what is protected in a way that the kernel resolves itself.
         let count = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &mut arg) };
         let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
         for region in regions.iter().take(count) {

@@ -10,7 +10,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::discard::{DiscardError, GuestPages};
 use super::ranges::RangeSet;
-use super::{GuestRam, MemoryError, build, map_aligned};
+use super::{GuestRam, MemoryError, build, map_aligned, slots};
 
 const PAGE: u64 = 4096;
 /// Most separate ranges that are replaced by zeros. Each can cost two mappings, of which a process
@@ -19,18 +19,33 @@ const MAX_RANGES: usize = 4096;
 
 /// Guest-physical ranges that became zero behind the guest's back and so look unchanged.
 #[derive(Clone, Default)]
-pub struct Zeroed(Arc<Mutex<RangeSet>>);
+pub struct Zeroed(Arc<Mutex<Ranges>>);
+
+#[derive(Default)]
+struct Ranges {
+    /// Since the guest is there.
+    all: RangeSet,
+    /// Since it was last asked.
+    recent: RangeSet,
+}
 
 impl Zeroed {
     pub fn get(&self) -> RangeSet {
-        self.lock().clone()
+        self.lock().all.clone()
     }
 
     pub fn insert(&self, range: Range<u64>) {
-        self.lock().insert(range);
+        let mut ranges = self.lock();
+        ranges.all.insert(range.clone());
+        ranges.recent.insert(range);
     }
 
-    fn lock(&self) -> MutexGuard<'_, RangeSet> {
+    /// Those that became zero since the last call, whether or not they did before.
+    pub fn take_recent(&self) -> RangeSet {
+        std::mem::take(&mut self.lock().recent)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Ranges> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -56,6 +71,39 @@ pub fn map_file(file: &File, mib: u64) -> Result<GuestRam, MemoryError> {
         offset += len as i64;
         Ok(host)
     })
+}
+
+/// Has RAM show the template again: what the guest has changed is gone.
+pub fn go_back(ram: &GuestRam, template: &File, zeroed: &Zeroed) -> io::Result<()> {
+    let mut ranges = zeroed.lock();
+    let mut offset = 0;
+    for slot in slots(ram) {
+        let here = slot.guest_start..slot.guest_start + slot.len;
+        for range in ranges.all.within(&here) {
+            let inside = range.start - slot.guest_start;
+            let host = (slot.host_start + inside) as *mut u8;
+            let len = (range.end - range.start) as usize;
+            let at = i64::try_from(offset + inside).map_err(|_| io::ErrorKind::InvalidInput)?;
+            map_over(host, len, libc::MAP_PRIVATE, template.as_raw_fd(), at)?;
+            // SAFETY: the range was mapped just now. Best effort, as for other guest RAM.
+            unsafe { libc::madvise(host.cast(), len, libc::MADV_DONTDUMP) };
+        }
+        // SAFETY: the region is mapped for the life of the process, and guest RAM is only accessed through
+        // volatile copies and by KVM, so that its contents may change at any time.
+        let dropped = unsafe {
+            libc::madvise(
+                slot.host_start as *mut _,
+                slot.len as usize,
+                libc::MADV_DONTNEED,
+            )
+        };
+        if dropped != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        offset += slot.len;
+    }
+    *ranges = Ranges::default();
+    Ok(())
 }
 
 /// Replaces what is mapped at `host`.
@@ -91,12 +139,17 @@ impl TemplatePages {
 
     fn replace(&self, host: *mut u8, len: u64, range: &Range<u64>) -> io::Result<bool> {
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?;
-        let mut zeroed = self.zeroed.lock();
+        let mut ranges = self.zeroed.lock();
+        let Ranges {
+            all: zeroed,
+            recent,
+        } = &mut *ranges;
         if zeroed.contains(range) {
             // SAFETY: the range is guest RAM that was replaced by anonymous memory before.
             if unsafe { libc::madvise(host.cast(), len, libc::MADV_DONTNEED) } != 0 {
                 return Err(io::Error::last_os_error());
             }
+            recent.insert(range.clone());
             return Ok(true);
         }
         if zeroed.len() >= MAX_RANGES && !zeroed.touches(range) {
@@ -104,6 +157,7 @@ impl TemplatePages {
         }
         map_over(host, len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)?;
         zeroed.insert(range.clone());
+        recent.insert(range.clone());
         Ok(true)
     }
 }
@@ -213,6 +267,25 @@ mod tests {
         assert_eq!(zeroed.get().iter().next(), Some(0x1000..0x3000));
         assert_eq!(zeroed.get().len(), 1);
         assert!(pages.discard(&ram, 0..1 << 40).is_err());
+    }
+
+    #[test]
+    fn going_back_shows_the_template_everywhere() {
+        let file = file(32);
+        file.write_all_at(&[7; 0x8000], 0).unwrap();
+        let ram = map_file(&file, 32).unwrap();
+        let zeroed = Zeroed::default();
+        let mut pages = TemplatePages::new(zeroed.clone());
+        for addr in [0x1000, 0x3000, 0x1f_0000] {
+            ram.write_obj(9u8, GuestAddress(addr)).unwrap();
+        }
+        pages.discard(&ram, 0x3000..0x5000).unwrap();
+        go_back(&ram, &file, &zeroed).unwrap();
+        let mut all = vec![0; 0x20_0000];
+        ram.read_slice(&mut all, GuestAddress(0)).unwrap();
+        assert!(all[..0x8000].iter().all(|byte| *byte == 7));
+        assert!(all[0x8000..].iter().all(|byte| *byte == 0));
+        assert!(zeroed.get().is_empty());
     }
 
     #[test]

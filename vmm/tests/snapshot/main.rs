@@ -375,3 +375,110 @@ fn what_does_not_fit_is_refused_with_the_reason() {
     ready.put("/snapshot/load", load);
     ready.kill();
 }
+
+/// Checks that what is in the file is somewhere in the guest's numbers, without a gap; returns where.
+fn place_of(dir: &Path, file: &str) -> usize {
+    let found = fs::read(dir.join(file)).unwrap();
+    let mut number = 0u64;
+    let mut expected = Vec::new();
+    while expected.len() < 16 << 20 {
+        number = number.wrapping_mul(MULTIPLIER).wrapping_add(INCREMENT);
+        expected.extend(number.to_le_bytes());
+    }
+    let begin = &found[..64];
+    let at = expected.windows(64).position(|window| window == begin);
+    let at = at.unwrap_or_else(|| panic!("{file} does not begin with the guest's numbers"));
+    assert!(expected[at..].starts_with(&found), "{file} goes on wrongly");
+    at
+}
+
+#[test]
+fn increments_are_written_behind_a_guest_that_runs() {
+    if !has_kvm() {
+        return;
+    }
+    let dir = directory();
+    let dir = dir.path();
+    let vmm = computing(dir, "out");
+    wait_for(&dir.join("out"), 800);
+    let mut sizes = Vec::new();
+    for (number, kind) in ["Full", "Increment", "Increment"].into_iter().enumerate() {
+        let ram = format!("ram{number}");
+        let body = format!(
+            r#"{{"snapshot_type": "{kind}", "snapshot_path": "state", "mem_file_path": "{ram}",
+                "resume_vm": true}}"#
+        );
+        let answer = vmm.call("PUT", "/snapshot/create", &body);
+        assert!(answer.body.contains("paused_us"), "{answer:?}");
+        sizes.push(fs::metadata(dir.join(&ram)).unwrap().blocks() * 512);
+        if number > 0 {
+            merge(&dir.join("ram0"), &dir.join(&ram));
+        }
+        wait_for(&dir.join("out"), 800);
+    }
+    assert!(sizes[2] < sizes[0] / 2, "{sizes:?}");
+    // What fails loses nothing: the disk is full, or as good as.
+    let failed = vmm.call(
+        "PUT",
+        "/snapshot/create",
+        r#"{"snapshot_type": "Increment", "snapshot_path": "none/x", "mem_file_path": "y", "resume_vm": true}"#,
+    );
+    assert!(failed.refused().contains("none/x"), "{failed:?}");
+    wait_for(&dir.join("out"), 800);
+    vmm.kill();
+    let load = r#"{"snapshot_path": "state", "mem_file_path": "ram0", "resume_vm": true}"#;
+    let second = loading(dir, "out2", load);
+    wait_for(&dir.join("out2"), 4000);
+    second.patch(PAUSE);
+    assert_eq!(place_of(dir, "out"), 0);
+    assert!(place_of(dir, "out2") > 1600);
+}
+
+#[test]
+fn a_guest_goes_back_in_place_and_knows_what_it_needs() {
+    if !has_kvm() {
+        return;
+    }
+    let dir = directory();
+    let dir = dir.path();
+    let first = computing(dir, "out");
+    let booted = first.call("PUT", "/snapshot/reset", "{}");
+    assert!(booted.refused().contains("not loaded"), "{booted:?}");
+    wait_for(&dir.join("out"), 4000);
+    first.patch(PAUSE);
+    save(&first, "Full", "state", "ram");
+    first.kill();
+    let load = r#"{"snapshot_path": "state", "mem_file_path": "ram", "track_dirty_pages": true,
+        "resume_vm": true}"#;
+    let second = loading(dir, "out1", load);
+    wait_for(&dir.join("out1"), 4000);
+    second.put("/snapshot/working-set", r#"{"path": "set"}"#);
+    let mut begin = 0;
+    for name in ["a", "b", "c"] {
+        second.put("/snapshot/reset", "{}");
+        assert!(second.call("GET", "/", "").body.contains("Paused"));
+        let all = fs::read(dir.join("out1")).unwrap();
+        fs::write(dir.join(name), &all[begin..]).unwrap();
+        begin = all.len();
+        check(dir, &["out", name]);
+        second.put("/snapshot/reset", r#"{"resume_vm": true}"#);
+        wait_for(&dir.join("out1"), 4000);
+    }
+    second.kill();
+    let set = fs::read(dir.join("set")).unwrap();
+    assert!(set.len() > 8 && set.starts_with(b"BJWSET1\n"));
+    let with_set = r#"{"snapshot_path": "state", "mem_file_path": "ram", "working_set": "set",
+        "resume_vm": true}"#;
+    let third = loading(dir, "out3", with_set);
+    wait_for(&dir.join("out3"), 800);
+    third.patch(PAUSE);
+    check(dir, &["out", "out3"]);
+    third.kill();
+    let wrong = Vmm::start(dir, &[]);
+    let refused = wrong.call(
+        "PUT",
+        "/snapshot/load",
+        &with_set.replace("\"set\"", "\"ram\""),
+    );
+    assert!(refused.refused().contains("no recording"), "{refused:?}");
+}

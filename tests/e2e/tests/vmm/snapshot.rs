@@ -73,14 +73,14 @@ fn load(dir: &Path, disk: &Path) -> (Vmm, Value) {
 }
 
 /// How often the timer ticked by now; it never went back.
-fn ticks(guest: &Guest) -> u64 {
+fn ticks(guest: &Guest, most: f64) -> u64 {
     let text = guest.python(CHECK_TICKS);
     let words: Vec<f64> = text.split(' ').map(|word| word.parse().unwrap()).collect();
     let [count, least, longest] = words[..] else {
         panic!("{text}");
     };
     assert!(least >= 0.0, "a clock went back by {least}");
-    assert!(longest < 120.0, "a clock leapt by {longest}");
+    assert!(longest < most, "a clock leapt by {longest}");
     count as u64
 }
 
@@ -137,6 +137,7 @@ fn a_guest_goes_on_where_it_was_saved() {
         parent.sh("cat /dev/shm/ticks 2>/dev/null | wc -l") != "0"
     });
     let before = uptime(&parent);
+    let saved = Instant::now();
     parent.vmm.patch("/vm", &json!({"state": "Paused"}));
     let started = Instant::now();
     parent.vmm.put("/snapshot/create", &create);
@@ -182,15 +183,13 @@ fn a_guest_goes_on_where_it_was_saved() {
         assert_eq!(clone.sh(REMEMBER), remembered);
         let after = uptime(clone);
         assert!(after >= before, "the clock went back: {before} to {after}");
-        assert!(
-            after < before + 120.0,
-            "the clock leapt: {before} to {after}"
-        );
+        let most = before + saved.elapsed().as_secs_f64() + 5.0;
+        assert!(after < most, "the clock leapt: {before} to {after}");
         thread::sleep(Duration::from_millis(50));
         assert!(uptime(clone) > after, "the clock stands still");
-        let ticked = ticks(clone);
+        let ticked = ticks(clone, most);
         assert!(ticked > 0);
-        eventually("the timer ticks", || ticks(clone) > ticked);
+        eventually("the timer ticks", || ticks(clone, most + 300.0) > ticked);
         let log = clone.sh("dmesg");
         assert!(
             log.contains("crng reseeded due to virtual machine fork"),
@@ -204,6 +203,14 @@ fn a_guest_goes_on_where_it_was_saved() {
     assert_eq!(io.line(), "begun");
     assert_eq!(io.line(), "50 rounds");
     drop((io, lasting));
+    // Back in place, in the same process.
+    second.sh("rm /dev/shm/secret; touch /dev/shm/later");
+    let io = second.spawn(&["python3", "-c", DISK]);
+    let reset = json!({"resume_vm": true});
+    second.vmm.put("/snapshot/reset", &reset);
+    drop(io);
+    assert_eq!(second.sh(REMEMBER), remembered);
+    second.sh("! test -e /dev/shm/later");
     // A clone of a clone.
     second.vmm.patch("/vm", &json!({"state": "Paused"}));
     second.vmm.put("/snapshot/create", &create);

@@ -6,9 +6,10 @@ use crate::config::{Format, MachineConfig, SnapshotCreate, SnapshotLoad, VmConfi
 impl Configurator {
     pub(super) fn create_snapshot(&self, create: SnapshotCreate) -> Outcome {
         self.after_start("/snapshot/create")?;
-        if self.phase != Phase::Paused {
+        if self.phase != Phase::Paused && !create.resume_vm {
             return Err(Fault::new(
-                "/snapshot/create: the guest is running; PATCH /vm {\"state\": \"Paused\"} first",
+                "/snapshot/create: the guest is running; PATCH /vm {\"state\": \"Paused\"} first, or have \
+                 it run on with \"resume_vm\": true",
             ));
         }
         if create.snapshot_path == create.mem_file_path {

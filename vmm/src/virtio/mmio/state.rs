@@ -40,6 +40,12 @@ impl Transport {
         }
     }
 
+    /// Becomes what was saved, whatever it has become since.
+    pub fn go_back(&mut self, saved: &TransportState) -> Result<(), RestoreError> {
+        self.reset();
+        self.restore(saved)
+    }
+
     /// Becomes what was saved. Nothing of `saved` is trusted: it must be a state that a driver
     /// could have brought this very device into.
     pub fn restore(&mut self, saved: &TransportState) -> Result<(), RestoreError> {

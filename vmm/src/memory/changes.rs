@@ -1,0 +1,230 @@
+//! What the guest has changed since its last snapshot.
+//!
+//! A guest that was never saved is not watched. From its first snapshot on, RAM is write-protected
+//! asynchronously: the kernel resolves the fault of the first write to each page, and `PAGEMAP_SCAN` tells
+//! and protects in one step which pages were written (design, contract 4). What became zero behind the
+//! guest's back the scan cannot see: it is kept in [`Zeroed`].
+use std::fs::File;
+use std::io;
+
+use super::ranges::RangeSet;
+use super::template::Zeroed;
+use super::userfault::{Userfault, WP_ASYNC, WP_HUGETLBFS_SHMEM};
+use super::{GuestRam, scan, slots};
+
+/// The changes of one guest.
+pub struct Changes {
+    watch: Watch,
+    /// Whether there was a snapshot that the next increment can build on.
+    has_base: bool,
+    /// Offsets in the memory file that were taken for a snapshot that failed.
+    pending: RangeSet,
+    zeroed: Zeroed,
+}
+
+enum Watch {
+    NotYet,
+    On {
+        fault: Userfault,
+        pagemap: File,
+    },
+    /// This kernel cannot, and was asked once.
+    Impossible,
+}
+
+/// What changed, as offsets in the memory file. Must be given back with [`Changes::finish`].
+#[must_use]
+pub struct Taken(Option<RangeSet>);
+
+impl Taken {
+    /// `None`: it is not known, so everything that is the guest's own.
+    pub fn ranges(&self) -> Option<&RangeSet> {
+        self.0.as_ref()
+    }
+}
+
+impl Changes {
+    pub fn new(zeroed: Zeroed) -> Self {
+        Self {
+            watch: Watch::NotYet,
+            has_base: false,
+            pending: RangeSet::default(),
+            zeroed,
+        }
+    }
+
+    /// Watches from now on. While it does, the kernel maps single pages where the guest reads, too.
+    pub fn watch(&mut self, ram: &GuestRam) -> io::Result<()> {
+        self.begin()?;
+        if let Watch::On { fault, .. } = &self.watch {
+            for slot in slots(ram) {
+                fault.register(&(slot.host_start..slot.host_start + slot.len))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn begin(&mut self) -> io::Result<()> {
+        if matches!(self.watch, Watch::NotYet) {
+            self.watch = match Userfault::new(WP_ASYNC | WP_HUGETLBFS_SHMEM) {
+                Ok(fault) => Watch::On {
+                    fault,
+                    pagemap: File::open("/proc/self/pagemap")?,
+                },
+                Err(error) => {
+                    crate::log_debug!(
+                        "increments hold all that differs from the template: {error}"
+                    );
+                    Watch::Impossible
+                }
+            };
+        }
+        Ok(())
+    }
+
+    /// Does most of what [`Changes::take`] does while the guest still runs: what has changed by now is protected
+    /// again, and kept for it.
+    pub fn look_ahead(&mut self, ram: &GuestRam) -> io::Result<()> {
+        let (Watch::On { fault, pagemap }, true) = (&self.watch, self.has_base) else {
+            return Ok(());
+        };
+        let mut base = 0;
+        for slot in slots(ram) {
+            let host = slot.host_start..slot.host_start + slot.len;
+            fault.register(&host)?;
+            for range in scan::written(pagemap, &host)? {
+                self.pending.insert(base + range.start..base + range.end);
+            }
+            base += slot.len;
+        }
+        Ok(())
+    }
+
+    /// Takes what was changed since the last call, and watches from now on. The guest stands still.
+    pub fn take(&mut self, ram: &GuestRam) -> io::Result<Taken> {
+        let recent = self.zeroed.take_recent();
+        self.begin()?;
+        let Watch::On { fault, pagemap } = &self.watch else {
+            return Ok(Taken(None));
+        };
+        let mut changed = std::mem::take(&mut self.pending);
+        let mut base = 0;
+        for slot in slots(ram) {
+            let host = slot.host_start..slot.host_start + slot.len;
+            // Again each time: what the balloon has mapped anew is not watched yet.
+            fault.register(&host)?;
+            for range in scan::written(pagemap, &host)? {
+                changed.insert(base + range.start..base + range.end);
+            }
+            let guest = slot.guest_start..slot.guest_start + slot.len;
+            for range in recent.within(&guest) {
+                changed.insert(base + range.start - guest.start..base + range.end - guest.start);
+            }
+            base += slot.len;
+        }
+        Ok(Taken(self.has_base.then_some(changed)))
+    }
+
+    /// RAM is the template's again.
+    pub fn forget(&mut self) {
+        self.has_base = false;
+        self.pending = RangeSet::default();
+    }
+
+    /// Says what became of the snapshot.
+    pub fn finish(&mut self, taken: Taken, worked: bool) {
+        match (taken.0, worked) {
+            (_, true) => self.has_base = matches!(self.watch, Watch::On { .. }),
+            (Some(ranges), false) => ranges.iter().for_each(|range| self.pending.insert(range)),
+            // There is still nothing to build on.
+            (None, false) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+    use std::os::unix::fs::FileExt;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::super::allocate;
+    use super::super::discard::GuestPages;
+    use super::super::template::{TemplatePages, map_file};
+    use super::*;
+
+    const PAGE: u64 = 4096;
+
+    fn pages(changes: &mut Changes, ram: &GuestRam, worked: bool) -> Option<Vec<(u64, u64)>> {
+        let taken = changes.take(ram).unwrap();
+        let found = taken.ranges().map(|ranges| {
+            let in_pages = |range: Range<u64>| (range.start / PAGE, range.end / PAGE);
+            ranges.iter().map(in_pages).collect()
+        });
+        changes.finish(taken, worked);
+        found
+    }
+
+    fn is_possible() -> bool {
+        Userfault::new(WP_ASYNC | WP_HUGETLBFS_SHMEM).is_ok()
+    }
+
+    #[test]
+    fn an_increment_is_what_was_written_since_the_last() {
+        if !is_possible() {
+            eprintln!("skipped: this kernel has no asynchronous write protection");
+            return;
+        }
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(64 << 20).unwrap();
+        file.write_all_at(&[1; 4 << 20], 0).unwrap();
+        let zeroed = Zeroed::default();
+        for ram in [map_file(&file, 64).unwrap(), allocate(64).unwrap()] {
+            let mut changes = Changes::new(zeroed.clone());
+            let write = |page: u64| ram.write_obj(7u8, GuestAddress(page * PAGE)).unwrap();
+            let read = |page: u64| ram.read_obj::<u8>(GuestAddress(page * PAGE)).unwrap();
+            write(5);
+            assert_eq!(
+                pages(&mut changes, &ram, true),
+                None,
+                "the first has no base"
+            );
+            assert_eq!(pages(&mut changes, &ram, true), Some(vec![]));
+            write(5);
+            write(9000);
+            read(77);
+            read(10000);
+            let expected = Some(vec![(5, 6), (9000, 9001)]);
+            assert_eq!(pages(&mut changes, &ram, false), expected);
+            write(6);
+            changes.look_ahead(&ram).unwrap();
+            let expected = Some(vec![(5, 7), (9000, 9001)]);
+            assert_eq!(pages(&mut changes, &ram, true), expected, "nothing is lost");
+            read(5);
+            assert_eq!(pages(&mut changes, &ram, true), Some(vec![]));
+        }
+    }
+
+    #[test]
+    fn what_the_balloon_took_has_changed() {
+        if !is_possible() {
+            return;
+        }
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(32 << 20).unwrap();
+        file.write_all_at(&[1; 1 << 20], 0).unwrap();
+        let ram = map_file(&file, 32).unwrap();
+        let zeroed = Zeroed::default();
+        let mut changes = Changes::new(zeroed.clone());
+        let mut balloon = TemplatePages::new(zeroed);
+        assert_eq!(pages(&mut changes, &ram, true), None);
+        balloon.discard(&ram, 0x3000..0x5000).unwrap();
+        assert_eq!(pages(&mut changes, &ram, true), Some(vec![(3, 5)]));
+        assert_eq!(pages(&mut changes, &ram, true), Some(vec![]));
+        ram.write_obj(1u8, GuestAddress(0x4000)).unwrap();
+        assert_eq!(pages(&mut changes, &ram, true), Some(vec![(4, 5)]));
+        balloon.discard(&ram, 0x4000..0x5000).unwrap();
+        assert_eq!(pages(&mut changes, &ram, true), Some(vec![(4, 5)]));
+    }
+}
