@@ -36,8 +36,9 @@ const F_EVENT_IDX: u64 = 1 << 29;
 /// What a discarded range counts as, however long: a file system frees extents, not bytes.
 const DISCARD_COST: u64 = 2 << 20;
 
-/// Bytes moved or zeroed in one call before the event loop gets its turn.
-const CALL_BYTES: u64 = 64 << 20;
+/// Bytes moved or zeroed in one call before the event loop gets its turn. A guest that writes all it can
+/// holds up vsock for so long several times in each exchange.
+const CALL_BYTES: u64 = 2 << 20;
 
 /// Token of the one host descriptor: a spent budget, completions, and orders of [`Control`].
 const WAKEUP: u16 = 0;
