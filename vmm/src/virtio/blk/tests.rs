@@ -427,10 +427,14 @@ fn much_data_in_one_kick_is_taken_in_turns() {
         d.push(IN, 0, &[Buffer::writable(at, 1 << 20)]);
     }
     d.h.kick(0).unwrap();
-    let first = d.h.take_used(0).len();
-    assert!((60..70).contains(&first), "{first}");
-    d.h.poll_host(1000).unwrap();
-    assert_eq!(d.h.take_used(0).len(), 80 - first);
+    let mut done = d.h.take_used(0).len();
+    while done < 80 {
+        d.h.poll_host(1000).unwrap();
+        let turn = d.h.take_used(0).len();
+        assert!((1..=2).contains(&turn), "{turn} after {done}");
+        done += turn;
+    }
+    assert_eq!(done, 80);
 }
 
 #[test]
