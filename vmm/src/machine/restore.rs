@@ -227,9 +227,10 @@ fn override_config(
     if load.only_overrides {
         let own = |drive: &Drive| {
             let files = load.drives.get(&drive.drive_id);
-            files.is_some_and(|files| match drive.format {
-                Format::Layers => !files.layers.is_empty(),
-                _ => files.path_on_host.is_some(),
+            files.is_some_and(|files| {
+                // A layered drive's image is a path of the snapshot too.
+                let layers = drive.format == Format::Raw || !files.layers.is_empty();
+                files.path_on_host.is_some() && layers
             })
         };
         if let Some(drive) = config.drives.iter().find(|drive| !own(drive)) {
@@ -348,5 +349,24 @@ mod tests {
         }
         let config = overridden(&format!("{only}{drive}{vsock}")).unwrap();
         assert_eq!(config.drives[0].path_on_host.to_string(), "mine");
+    }
+
+    #[test]
+    fn a_layered_drive_needs_an_image_and_layers_of_its_own() {
+        let saved =
+            br#"{"drives": [{"drive_id": "a", "path_on_host": "/secret", "is_root_device": false,
+            "format": "layers", "layers": ["/other"]}]}"#;
+        let overridden = |fields: &str| {
+            let mut config: VmConfig = parse(saved).unwrap();
+            let load = format!(
+                r#"{{"snapshot_path": "s", "mem_file_path": "m", "only_overrides": true,
+                "drive_overrides": [{{"drive_id": "a", {fields}}}]}}"#
+            );
+            let load: SnapshotLoad = parse(load.as_bytes()).unwrap();
+            override_config(&mut config, &load, &VmConfig::default())
+        };
+        assert!(overridden(r#""layers": ["mine"]"#).is_err());
+        assert!(overridden(r#""path_on_host": "mine""#).is_err());
+        assert!(overridden(r#""path_on_host": "mine", "layers": ["mine"]"#).is_ok());
     }
 }
