@@ -34,6 +34,7 @@ pub(crate) enum Verb {
     Create(Box<verbs::create::Args>),
     Start(verbs::start::Args),
     Stop(verbs::stop::Args),
+    Restart(verbs::restart::Args),
     Rm(verbs::rm::Args),
     Ls(verbs::ls::Args),
     Pause(verbs::pause::Pause),
@@ -81,6 +82,7 @@ impl Verb {
             Self::Create(args) => verbs::create::create(args),
             Self::Start(args) => verbs::start::start(args),
             Self::Stop(args) => verbs::stop::stop(args),
+            Self::Restart(args) => verbs::restart::restart(args),
             Self::Rm(args) => verbs::rm::rm(args),
             Self::Pause(args) => verbs::pause::pause(args),
             Self::Resume(args) => verbs::pause::resume(args),
@@ -122,7 +124,7 @@ pub(crate) const GROUPS: [(&str, &[&str]); 6] = [
     (
         "Sandboxes",
         &[
-            "run", "create", "start", "stop", "rm", "ls", "inspect", "pause", "resume",
+            "run", "create", "start", "stop", "restart", "rm", "ls", "inspect", "pause", "resume",
         ],
     ),
     (

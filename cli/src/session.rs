@@ -45,6 +45,10 @@ pub(crate) struct CommandOptions {
     /// End the command after this time: 30s, 5m, 1h, 500ms
     #[arg(long, value_name = "TIME", value_parser = values::time)]
     pub(crate) timeout: Option<Duration>,
+
+    /// Time between SIGTERM and SIGKILL when --timeout has passed [default: 2s]
+    #[arg(long, value_name = "TIME", value_parser = values::time, requires = "timeout")]
+    pub(crate) grace: Option<Duration>,
 }
 
 impl CommandOptions {
@@ -57,6 +61,7 @@ impl CommandOptions {
             workdir: self.workdir.as_ref().map(bytes).unwrap_or_default(),
             user: self.user.clone().unwrap_or_default(),
             timeout: self.timeout,
+            grace: self.grace,
             ..ExecSpec::default()
         }
     }
@@ -138,6 +143,8 @@ pub(crate) struct Ends {
     pub(crate) terminal: bool,
     pub(crate) detach_keys: Option<DetachKeys>,
     pub(crate) timeout: Option<Duration>,
+    /// Between the signals that end it then; `None`: as usual.
+    pub(crate) grace: Option<Duration>,
     /// SIGINT ends the session, and is not passed on.
     pub(crate) give_up: bool,
     /// Nothing that is typed reaches the process.
@@ -156,6 +163,7 @@ impl Ends {
             terminal: spec.terminal.is_some(),
             detach_keys: options.leaving.detach_keys.clone(),
             timeout: spec.timeout,
+            grace: spec.grace,
             ..Self::default()
         }
     }
@@ -209,7 +217,9 @@ impl Ends {
             io.stdin = Some(stdin.as_fd());
         }
         io.first = first;
-        let outcome = process::run(session, dial, io, Patience::default());
+        let mut patience = Patience::default();
+        patience.grace = self.grace.unwrap_or(patience.grace);
+        let outcome = process::run(session, dial, io, patience);
         if raw && !self.quiet && matches!(outcome, Ok(Outcome::Detached)) {
             let id = id.map(|id| id.to_string()).unwrap_or_default();
             report::print(&format!(
@@ -286,38 +296,20 @@ pub(crate) fn explain(found: &Found, error: &SessionError) -> Failure {
     );
     if unreachable {
         match found.state() {
-            State::Running(_) => {
-                return Failure::with_remedy(
-                    error,
-                    format!(
-                        "'belljar console {0}' shows what the guest says, 'belljar inspect {0}' how it does",
-                        id()
-                    ),
-                );
-            }
+            State::Running(_) => {}
             State::Paused(_) => return ConnectError::Paused { id: id() }.into(),
             state => return ConnectError::NotRunning { id: id(), state }.into(),
         }
     }
-    failure(error)
+    failure(error, &id())
 }
 
-/// Why a session failed.
-pub(crate) fn failure(error: &SessionError) -> Failure {
-    let remedy = match error {
-        SessionError::TooOld { .. } => {
-            Some("a new sandbox has the present agent; old ones keep theirs".to_owned())
-        }
-        SessionError::Refused {
-            code: v1::error::Code::NotFound,
-            ..
-        } => Some("'belljar ps -a BOX' lists the processes".to_owned()),
-        _ => None,
-    };
+/// Why a session failed; `called`: by what the user knows the sandbox.
+pub(crate) fn failure(error: &SessionError, called: &str) -> Failure {
     Failure::Other {
         status: error.exit_status(),
         message: escaped(&error.to_string()).into_owned(),
-        remedy,
+        remedy: error.remedy(called),
     }
 }
 

@@ -1,5 +1,6 @@
 //! How values are written on the command line: times, disks, images, labels.
 
+use std::str::FromStr;
 use std::time::Duration;
 
 use belljar_node::sandbox::{DiskChoice, ImageChoice};
@@ -55,6 +56,29 @@ pub(crate) fn time(text: &str) -> Result<Duration, String> {
         return Err("the time is too long".into());
     }
     Ok(Duration::from_secs_f64(seconds))
+}
+
+/// Offsets in the two streams of a process, `BYTE[:BYTE]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FromByte {
+    pub(crate) stdout: u64,
+    pub(crate) stderr: u64,
+}
+
+impl FromStr for FromByte {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = |text: &str| {
+            text.parse::<u64>()
+                .map_err(|_| "write a number of bytes, or two with a colon between".to_owned())
+        };
+        let (stdout, stderr) = pair(text, ':');
+        Ok(Self {
+            stdout: number(stdout)?,
+            stderr: number(stderr.unwrap_or(stdout))?,
+        })
+    }
 }
 
 /// Virtual processors, and how much of the host's they may use.
@@ -191,6 +215,16 @@ mod tests {
         assert_eq!(of("a"), Ok(("a".into(), None)));
         for text in ["", "=x", "a=\x1b[2J", &"x".repeat(257)] {
             assert!(of(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn bytes_are_of_both_streams_or_of_each() {
+        let of = |stdout, stderr| Ok(FromByte { stdout, stderr });
+        assert_eq!("7".parse(), of(7, 7));
+        assert_eq!("7:9".parse(), of(7, 9));
+        for text in ["", ":", "7:", "-1", "1:2:3"] {
+            assert!(text.parse::<FromByte>().is_err(), "{text}");
         }
     }
 }

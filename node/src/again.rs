@@ -62,6 +62,6 @@ fn may_pass(error: &GuestError) -> bool {
     match error {
         GuestError::Connect(ConnectError::Guest { .. }) => true,
         GuestError::Connect(_) => false,
-        GuestError::Call { source, .. } => is_cut(source),
+        GuestError::Call { source, .. } | GuestError::NoProcess { source, .. } => is_cut(source),
     }
 }

@@ -18,13 +18,15 @@ pub enum GuestError {
     Connect(#[from] ConnectError),
     #[error("sandbox {id}: {}", said(source))]
     Call { id: String, source: CallError },
+    #[error("sandbox {id}: {}", said(source))]
+    NoProcess { id: String, source: CallError },
 }
 
 /// What the guest's system refused is told as it was told: nothing is wrong with call or agent.
 fn said(error: &CallError) -> String {
     match error {
         CallError::Refused {
-            code: Code::System,
+            code: Code::System | Code::NotFound,
             message,
             ..
         } => message.clone(),
@@ -38,12 +40,13 @@ impl GuestError {
     pub fn remedy(&self) -> Option<String> {
         match self {
             Self::Connect(error) => Some(error.remedy()),
+            Self::NoProcess { id, .. } => Some(lists_processes(id)),
             Self::Call { id, source } => match source {
                 CallError::TooOld { .. } => Some(format!(
                     "its agent is older than this program: a new sandbox has the present one, {id} keeps its own"
                 )),
                 CallError::Timeout { .. } | CallError::Closed { .. } => Some(format!(
-                    "'belljar console {id}' shows what the guest says, 'belljar inspect {id}' how it does"
+                    "'belljar debug state {id}' tells what is the matter with the guest"
                 )),
                 _ => None,
             },
@@ -57,10 +60,35 @@ impl GuestError {
             Self::Call {
                 source: CallError::Refused { code, errno, .. },
                 ..
+            }
+            | Self::NoProcess {
+                source: CallError::Refused { code, errno, .. },
+                ..
             } => Some((*code, *errno)),
             _ => None,
         }
     }
+
+    /// Of a call about a process: what the agent has not found is that.
+    #[must_use]
+    pub(crate) fn of_process(self) -> Self {
+        match self {
+            Self::Call {
+                id,
+                source:
+                    source @ CallError::Refused {
+                        code: Code::NotFound,
+                        ..
+                    },
+            } => Self::NoProcess { id, source },
+            other => other,
+        }
+    }
+}
+
+/// What helps whoever named a process that there is not.
+pub(crate) fn lists_processes(id: &str) -> String {
+    format!("'belljar ps -a {id}' lists the processes")
 }
 
 /// When a call that begins now should be answered.
@@ -83,4 +111,45 @@ pub fn call<T>(
         id: found.called(),
         source,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(code: Code) -> GuestError {
+        GuestError::Call {
+            id: "box".into(),
+            source: CallError::Refused {
+                code,
+                message: "no such process".into(),
+                errno: 0,
+            },
+        }
+    }
+
+    #[test]
+    fn an_unknown_process_has_a_remedy_that_names_the_sandbox() {
+        let error = refused(Code::NotFound).of_process();
+        assert_eq!(error.to_string(), "sandbox box: no such process");
+        assert_eq!(error.refusal(), Some((Code::NotFound, 0)));
+        assert!(error.remedy().unwrap().contains("'belljar ps -a box'"));
+        // A watch, for instance, is no process.
+        assert_eq!(refused(Code::NotFound).remedy(), None);
+        assert_eq!(refused(Code::Busy).of_process().remedy(), None);
+    }
+
+    #[test]
+    fn a_silent_agent_is_looked_at_from_outside() {
+        let error = GuestError::Call {
+            id: "box".into(),
+            source: CallError::Closed { doing: "ping" },
+        };
+        assert!(
+            error
+                .remedy()
+                .unwrap()
+                .contains("'belljar debug state box'")
+        );
+    }
 }

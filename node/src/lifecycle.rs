@@ -32,6 +32,8 @@ pub enum LifeError {
     WrongState { id: String, state: State },
     #[error("sandbox {0}: somebody else is starting, stopping or removing it")]
     Busy(String),
+    #[error("sandbox {0} goes away with its guest, and cannot be started again")]
+    Ephemeral(String),
     #[error("sandbox {id} did not end within {} s", limit.as_secs_f32())]
     StillRuns { id: String, limit: Duration },
     #[error("sandbox {id}: {source}")]
@@ -53,6 +55,9 @@ impl LifeError {
                     format!("'belljar start {id}' starts it")
                 }
             })),
+            Self::Ephemeral(_) => {
+                Some("one made by 'create', or by 'run --name', stays".to_owned())
+            }
             Self::Busy(_) => Some("try again".to_owned()),
             Self::StillRuns { id, .. } => Some(format!(
                 "'belljar stop --force {id}' does not ask the guest"
@@ -99,6 +104,38 @@ pub fn start(
         limits,
         stages,
     )?)
+}
+
+/// Ends the guest, if one runs, and starts it anew. What is on its disk stays; memory and what runs does not.
+///
+/// # Errors
+/// It would go away with its guest, could not be ended, or does not come up again: then it is stopped.
+pub fn restart(
+    found: &Found,
+    how: Stop,
+    programs: &Programs,
+    assets: &Assets,
+    limits: Limits<'_>,
+    stages: &mut Stages,
+) -> Result<Restarted, StartError> {
+    // Before anything is lost.
+    if !is_persistent(found) {
+        return Err(LifeError::Ephemeral(found.called()).into());
+    }
+    let stopped = match found.state() {
+        State::Created | State::Stopped(_) | State::Crashed(_) => None,
+        _ => Some(stop(found, how)?),
+    };
+    let sandbox = start(found, programs, assets, limits, stages)?;
+    Ok(Restarted { stopped, sandbox })
+}
+
+/// A sandbox whose guest was started anew.
+#[derive(Debug)]
+pub struct Restarted {
+    /// How the earlier guest was ended; `None`: none ran.
+    pub stopped: Option<Stopped>,
+    pub sandbox: Sandbox,
 }
 
 /// A sandbox could not be started.

@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use belljar_protocol::client::system;
+use belljar_protocol::client::{self, system};
 use belljar_protocol::v1;
 
 use crate::accounting::{self, CpuTimes};
@@ -44,6 +44,48 @@ pub fn stats(found: &Found, processes: bool) -> Result<Stats, GuestError> {
         guest,
         host: vmm.and_then(accounting::cpu_times),
     })
+}
+
+/// What an agent answers that is asked how it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pinged {
+    /// From connecting to the answer.
+    pub took: Duration,
+    pub generation: u32,
+    /// Not empty: why the guest is not as it should be.
+    pub degraded: String,
+    /// Since the guest's kernel started.
+    pub up: Duration,
+    /// How long the last activity was ago; `None`: there was none yet, or the agent is too old to tell.
+    pub idle: Option<Duration>,
+    /// How often its worker was replaced.
+    pub worker_restarts: u32,
+}
+
+/// Asks the agent how it is. That is not activity: looking at a guest does not keep it awake.
+///
+/// # Errors
+/// The sandbox does not run, or its agent does not answer.
+pub fn ping(found: &Found) -> Result<Pinged, GuestError> {
+    let begin = Instant::now();
+    let (info, pong) = guest::call(found, Some(guest::soon()), client::ping)?;
+    let last = pong.last_activity_ns;
+    Ok(Pinged {
+        took: begin.elapsed(),
+        generation: info.generation,
+        degraded: info.degraded,
+        up: Duration::from_nanos(pong.boottime_ns),
+        idle: (last != 0).then(|| Duration::from_nanos(pong.boottime_ns.saturating_sub(last))),
+        worker_restarts: pong.worker_restarts,
+    })
+}
+
+/// Counts as activity, and does nothing else.
+///
+/// # Errors
+/// The sandbox does not run, or its agent does not answer.
+pub fn touch(found: &Found) -> Result<(), GuestError> {
+    guest::call(found, Some(guest::soon()), system::touch)
 }
 
 /// Sets the guest's clock to a time, or to the host's. Returns what it is then, nanoseconds since 1970.

@@ -1,6 +1,6 @@
 //! `belljar attach`.
 
-use std::io::{IsTerminal, stdout};
+use std::io::{IsTerminal, stdin, stdout};
 use std::os::fd::AsFd;
 
 use belljar_node::guest::GuestError;
@@ -11,6 +11,7 @@ use belljar_node::v1::{self, position::At};
 use crate::failure::{Failure, status_of};
 use crate::options::BoxArg;
 use crate::session::{self, Ends, LeavingOptions, MAIN};
+use crate::values::FromByte;
 
 /// Connect this terminal with a process in a sandbox
 ///
@@ -22,12 +23,19 @@ Examples:
   belljar attach box web               a process by its name
   belljar attach box 7 --read-only     by its id; nothing that is typed here reaches it
   belljar attach box 7 --replay        all that is kept of its output first, instead of the screen
+  belljar attach box 7 --from 4096     from a byte of its output on; what is not kept any more is told
+  echo quit | belljar attach -i box 7  standard input that is no terminal is passed on with -i only;
+                                       its end is the end of the process's input
 
 On a terminal Ctrl-P Ctrl-Q leaves it running. Exit status: that of the process if it ends
 meanwhile, 0 after leaving it.")]
 pub(crate) struct Args {
-    /// Only watch: no input, no signals, no size
+    /// Pass standard input on, although it is no terminal
     #[arg(short, long)]
+    interactive: bool,
+
+    /// Only watch: no input, no signals, no size
+    #[arg(short, long, conflicts_with = "interactive")]
     read_only: bool,
 
     /// Draw the screen as it is now first; this is so anyway for a terminal on a terminal
@@ -41,6 +49,10 @@ pub(crate) struct Args {
     /// Print only what comes from now on
     #[arg(long, conflicts_with_all = ["replay", "screen"])]
     new: bool,
+
+    /// Print what is kept from this byte of the output on, and this one of the error output
+    #[arg(long, value_name = "BYTE[:BYTE]", conflicts_with_all = ["replay", "screen", "new"])]
+    from: Option<FromByte>,
 
     /// Lines from above the screen that are drawn with it
     #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(..=10_000))]
@@ -69,7 +81,7 @@ fn connect(args: &Args) -> Result<u8, Failure> {
     // Whoever gets its name later is not meant.
     let which = Selector::id(info.id);
     let ends = Ends {
-        stdin: !args.read_only,
+        stdin: takes_input(args, stdin().is_terminal()),
         terminal: has_terminal,
         detach_keys: args.leaving.detach_keys.clone(),
         give_up: args.read_only,
@@ -82,12 +94,14 @@ fn connect(args: &Args) -> Result<u8, Failure> {
         .then(|| terminal::size_of(stdout().as_fd()))
         .flatten();
     let size = here.filter(|_| !args.read_only);
-    let draw =
-        has_terminal && (args.screen || (stdout().is_terminal() && !args.replay && !args.new));
+    let stream_wanted = args.replay || args.new || args.from.is_some();
+    let draw = has_terminal && (args.screen || (stdout().is_terminal() && !stream_wanted));
     let (first, from) = if draw {
         let running = info.end.is_none();
         let (drawing, offset) = picture(&found, &which, size.filter(|_| running), args.scrollback)?;
         (drawing, At::Offset(offset))
+    } else if let Some(from) = args.from {
+        (Vec::new(), At::Offset(from.stdout))
     } else if args.new {
         (Vec::new(), At::Newest(true))
     } else {
@@ -96,7 +110,7 @@ fn connect(args: &Args) -> Result<u8, Failure> {
     let session = Session::attach(v1::Attach {
         process: Some(which.message()),
         stdout: Some(v1::Position { at: Some(from) }),
-        stderr: args.new.then_some(v1::Position { at: Some(from) }),
+        stderr: errors_from(args).map(|at| v1::Position { at: Some(at) }),
         follow: true,
         read_only: args.read_only,
         size,
@@ -107,6 +121,17 @@ fn connect(args: &Args) -> Result<u8, Failure> {
         .map_err(|error| session::explain(&found, &error))?;
     session::comment(&outcome);
     Ok(outcome.exit_status())
+}
+
+/// A terminal is for typing; anything else, an input that is closed above all, would end the process's.
+const fn takes_input(args: &Args, stdin_is_terminal: bool) -> bool {
+    !args.read_only && (args.interactive || stdin_is_terminal)
+}
+
+/// Where the error output begins; `None`: at the oldest byte kept.
+fn errors_from(args: &Args) -> Option<At> {
+    let from = args.from.map(|from| At::Offset(from.stderr));
+    from.or_else(|| args.new.then_some(At::Newest(true)))
 }
 
 /// The screen as it is, drawn for a terminal of the size of this one, and where the stream goes on.
@@ -140,6 +165,38 @@ fn draw(screen: &v1::Screen) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn parsed(words: &[&str]) -> Args {
+        let words = ["attach"].iter().chain(words);
+        Line::try_parse_from(words).unwrap().args
+    }
+
+    #[test]
+    fn input_is_passed_on_from_a_terminal_or_when_asked_for() {
+        assert!(takes_input(&parsed(&["box"]), true));
+        assert!(!takes_input(&parsed(&["box"]), false));
+        assert!(takes_input(&parsed(&["-i", "box"]), false));
+        assert!(!takes_input(&parsed(&["-r", "box"]), true));
+        for wrong in [["-ri", "box"], ["--from", "x"]] {
+            assert!(Line::try_parse_from(["attach"].iter().chain(&wrong)).is_err());
+        }
+    }
+
+    #[test]
+    fn a_byte_to_begin_at_is_of_both_streams_or_of_each() {
+        let errors = |words: &[&str]| errors_from(&parsed(words));
+        assert_eq!(errors(&["box"]), None);
+        assert_eq!(errors(&["--new", "box"]), Some(At::Newest(true)));
+        assert_eq!(errors(&["--from", "7", "box"]), Some(At::Offset(7)));
+        assert_eq!(errors(&["--from", "7:9", "box"]), Some(At::Offset(9)));
+    }
 
     #[test]
     fn lines_from_above_are_drawn_first() {

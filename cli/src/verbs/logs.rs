@@ -9,7 +9,7 @@ use belljar_node::v1::{self, position::At};
 use crate::failure::{Failure, status_of};
 use crate::options::BoxArg;
 use crate::session::{self, Ends, MAIN};
-use crate::values;
+use crate::values::{self, FromByte};
 
 /// Print what a process in a sandbox has said
 ///
@@ -40,7 +40,7 @@ pub(crate) struct Args {
 
     /// From this byte of the output on, and this one of the error output
     #[arg(long, value_name = "BYTE[:BYTE]", conflicts_with_all = ["since", "tail"])]
-    from: Option<From>,
+    from: Option<FromByte>,
 
     #[command(flatten)]
     sandbox: BoxArg,
@@ -79,32 +79,13 @@ fn nanos(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// Offsets in the two streams.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct From(u64, u64);
-
-impl FromStr for From {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let number = |text: &str| {
-            text.parse::<u64>()
-                .map_err(|_| "write a number of bytes, or two with a colon between".to_owned())
-        };
-        match text.split_once(':') {
-            Some((stdout, stderr)) => Ok(Self(number(stdout)?, number(stderr)?)),
-            None => number(text).map(|both| Self(both, both)),
-        }
-    }
-}
-
 impl Args {
     fn positions(&self) -> (At, At) {
         match (self.since, self.tail, self.from) {
             (Some(since), ..) => (At::SinceUnixNs(since.0), At::SinceUnixNs(since.0)),
             (_, Some(0), _) => (At::Newest(true), At::Newest(true)),
             (_, Some(lines), _) => (At::Lines(lines), At::Lines(lines)),
-            (.., Some(from)) => (At::Offset(from.0), At::Offset(from.1)),
+            (.., Some(from)) => (At::Offset(from.stdout), At::Offset(from.stderr)),
             _ => (At::Oldest(true), At::Oldest(true)),
         }
     }
@@ -154,15 +135,6 @@ mod tests {
         assert!((59_000_000_000..61_000_000_000).contains(&ago), "{ago}");
         for text in ["", "x", "-5", "1e300", "inf"] {
             assert!(text.parse::<Since>().is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn bytes_are_of_both_streams_or_of_each() {
-        assert_eq!("7".parse(), Ok(From(7, 7)));
-        assert_eq!("7:9".parse(), Ok(From(7, 9)));
-        for text in ["", ":", "7:", "-1", "1:2:3"] {
-            assert!(text.parse::<From>().is_err(), "{text}");
         }
     }
 }

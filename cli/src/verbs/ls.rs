@@ -90,6 +90,7 @@ pub(crate) fn summary(listed: &Listed) -> Value {
         "created_ms": listed.created_ms(),
         "life": spec.map(|spec| spec.life),
         "cpus": spec.map(|spec| spec.vcpus),
+        "cpu_limit_milli": spec.and_then(|spec| spec.cpu_limit_milli),
         "memory": spec.map(|spec| spec.memory),
         "disk": spec.and_then(|spec| spec.disk),
         "labels": spec.map(|spec| &spec.labels),

@@ -17,6 +17,7 @@ pub(crate) mod ls;
 pub(crate) mod pause;
 pub(crate) mod port;
 pub(crate) mod ps;
+pub(crate) mod restart;
 pub(crate) mod restore;
 pub(crate) mod rm;
 pub(crate) mod run;

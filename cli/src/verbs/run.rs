@@ -230,7 +230,7 @@ fn exec_in(sandbox: &Sandbox, options: &Args) -> Result<Outcome, Failure> {
     }
     let signals = ends.signals()?;
     ends.connect(spec.session(), &sandbox.found(), &signals, b"")
-        .map_err(|error| session::failure(&error))
+        .map_err(|error| session::failure(&error, sandbox.id()))
 }
 
 /// If the VMM has ended, how.

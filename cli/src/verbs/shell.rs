@@ -63,6 +63,7 @@ fn open(args: &Args) -> Result<u8, Failure> {
         terminal: true,
         detach_keys: args.leaving.detach_keys.clone(),
         timeout: spec.timeout,
+        grace: spec.grace,
         called: args.sandbox.sandbox.clone(),
         ..Ends::default()
     };

@@ -55,21 +55,27 @@ fn start_one(args: &Args, found: &Found) -> Result<(), Failure> {
     let mut stages = Stages::new(Instant::now());
     let assets = Assets::locate(args.machine.assets.as_deref())?;
     let programs = args.machine.programs();
-    let sandbox = match lifecycle::start(found, &programs, &assets, limits, &mut stages) {
-        Err(StartError::Boot(error @ BootError::Cancelled)) => {
-            let signal = signals.take().unwrap_or(SIGINT);
-            return Err(Failure::Other {
-                status: u8::try_from(signal.saturating_add(128)).unwrap_or(OURS),
-                message: error.to_string(),
-                remedy: None,
-            });
-        }
-        other => other?,
-    };
+    let sandbox = lifecycle::start(found, &programs, &assets, limits, &mut stages)
+        .map_err(|error| not_started(error, &signals))?;
     if args.boot_time {
         report::stages(&stages);
     }
     let dir = sandbox.release()?;
     output::print(&format!("{}\n", dir.id()));
     Ok(())
+}
+
+/// Why it does not run; that the user has cancelled it is an exit status of its own.
+pub(crate) fn not_started(error: StartError, signals: &SignalFd) -> Failure {
+    match error {
+        StartError::Boot(error @ BootError::Cancelled) => {
+            let signal = signals.take().unwrap_or(SIGINT);
+            Failure::Other {
+                status: u8::try_from(signal.saturating_add(128)).unwrap_or(OURS),
+                message: error.to_string(),
+                remedy: None,
+            }
+        }
+        other => other.into(),
+    }
 }

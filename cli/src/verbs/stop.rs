@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use belljar_node::lifecycle::{self, Stop};
+use belljar_node::lifecycle::{self, Stop, Stopped};
 
 use crate::failure::each;
 use crate::options::Selection;
@@ -24,6 +24,13 @@ pub(crate) struct Args {
     #[command(flatten)]
     which: Selection,
 
+    #[command(flatten)]
+    stop: StopOptions,
+}
+
+/// How a guest is ended.
+#[derive(Debug, clap::Args)]
+pub(crate) struct StopOptions {
     /// Do not ask the guest
     #[arg(short, long)]
     force: bool,
@@ -37,26 +44,38 @@ pub(crate) struct Args {
     grace: Option<Duration>,
 }
 
-/// Returns the exit status.
-pub(crate) fn stop(args: &Args) -> u8 {
-    let how = if args.force {
-        Stop::FORCE
-    } else {
-        Stop {
-            ask: true,
-            grace: args.grace,
-            limit: args.time,
+impl StopOptions {
+    /// For the function that does it.
+    pub(crate) const fn how(&self) -> Stop {
+        if self.force {
+            Stop::FORCE
+        } else {
+            Stop {
+                ask: true,
+                grace: self.grace,
+                limit: self.time,
+            }
         }
-    };
-    let up = |state: &str| matches!(state, "running" | "paused" | "orphaned");
-    each(args.which.find(up), |found| {
-        let called = found.called();
-        let stopped = lifecycle::stop(found, how)?;
-        if !stopped.in_order && !args.force {
+    }
+
+    /// Tells of a guest that was asked in vain.
+    pub(crate) fn comment(&self, called: &str, stopped: &Stopped) {
+        if !stopped.in_order && !self.force {
             report::note(&format!(
                 "the guest of {called} did not switch itself off, so it was killed; what it had not written back is lost"
             ));
         }
+    }
+}
+
+/// Returns the exit status.
+pub(crate) fn stop(args: &Args) -> u8 {
+    let how = args.stop.how();
+    let up = |state: &str| matches!(state, "running" | "paused" | "orphaned");
+    each(args.which.find(up), |found| {
+        let called = found.called();
+        let stopped = lifecycle::stop(found, how)?;
+        args.stop.comment(&called, &stopped);
         output::print(&format!("{}\n", found.id()));
         Ok(())
     })

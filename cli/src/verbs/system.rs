@@ -3,16 +3,19 @@
 use std::time::Duration;
 
 use belljar_node::system as guest;
+use serde_json::json;
 
 use crate::failure::{Failure, status_of};
 use crate::options::BoxArg;
-use crate::output;
+use crate::output::{self, Format, OutputOption, escaped};
 use crate::values;
 
-/// Freeze, thaw, write out, set the clock of, or reseed a guest
+/// Ping, touch, freeze, thaw, write out, set the clock of, or reseed a guest
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
+  belljar system ping box               whether its agent answers, and when it was used last
+  belljar system touch box              counts as use
   belljar system freeze box             stops all its programs; returns when they are stopped
   belljar system freeze -f box          and its writable drive, written out before
   belljar system thaw box
@@ -26,6 +29,20 @@ pub(crate) struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Action {
+    /// Ask the agent how it is, and when the sandbox was used last
+    ///
+    /// What only looks is no use: ping, ps, stats, top, events and port without a port.
+    Ping {
+        #[command(flatten)]
+        sandbox: BoxArg,
+        #[command(flatten)]
+        output: OutputOption,
+    },
+    /// Count as use of the sandbox, and do nothing else
+    Touch {
+        #[command(flatten)]
+        sandbox: BoxArg,
+    },
     /// Stop all programs; returns when they are stopped
     ///
     /// The agent still answers, and can kill and thaw. Nothing can be started until then.
@@ -88,6 +105,10 @@ pub(crate) fn system(args: &Args) -> u8 {
 
 fn carry_out(action: &Action) -> Result<u8, Failure> {
     match action {
+        Action::Ping { sandbox, output } => {
+            print_ping(&guest::ping(&sandbox.find()?)?, output.format());
+        }
+        Action::Touch { sandbox } => guest::touch(&sandbox.find()?)?,
         Action::Freeze {
             sandbox,
             file_systems,
@@ -105,9 +126,70 @@ fn carry_out(action: &Action) -> Result<u8, Failure> {
     Ok(0)
 }
 
+fn print_ping(pinged: &guest::Pinged, format: Format) {
+    match format {
+        Format::Table => output::print(&ping_lines(pinged)),
+        Format::Json => {
+            let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+            output::print_json(&json!({
+                "took_us": micros(pinged.took),
+                "agent_generation": pinged.generation,
+                "worker_restarts": pinged.worker_restarts,
+                "degraded": pinged.degraded,
+                "up_us": micros(pinged.up),
+                "idle_us": pinged.idle.map(micros),
+            }));
+        }
+    }
+}
+
+fn ping_lines(pinged: &guest::Pinged) -> String {
+    let idle = pinged.idle.map_or_else(
+        || "not yet".to_owned(),
+        |idle| format!("{:.1} s ago", idle.as_secs_f64()),
+    );
+    let mut text = format!(
+        "agent          answers in {:.1} ms, generation {}\nup             {:.1} s\nlast activity  {idle}\n",
+        pinged.took.as_secs_f64() * 1000.0,
+        pinged.generation,
+        pinged.up.as_secs_f64(),
+    );
+    if pinged.worker_restarts != 0 {
+        text.push_str(&format!(
+            "worker         replaced {} times\n",
+            pinged.worker_restarts
+        ));
+    }
+    if !pinged.degraded.is_empty() {
+        text.push_str(&format!("degraded       {}\n", escaped(&pinged.degraded)));
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_ping_tells_the_last_activity_and_what_is_wrong() {
+        let mut pinged = guest::Pinged {
+            took: Duration::from_micros(1500),
+            generation: 3,
+            degraded: String::new(),
+            up: Duration::from_secs(61),
+            idle: Some(Duration::from_millis(2500)),
+            worker_restarts: 0,
+        };
+        let text = ping_lines(&pinged);
+        assert!(text.contains("in 1.5 ms") && text.contains("activity  2.5 s ago"));
+        assert_eq!(text.lines().count(), 3);
+        pinged.idle = None;
+        pinged.worker_restarts = 2;
+        "no\x1bdrive".clone_into(&mut pinged.degraded);
+        let text = ping_lines(&pinged);
+        assert!(text.contains("activity  not yet") && text.contains("replaced 2 times"));
+        assert!(text.contains("degraded") && !text.contains('\x1b'));
+    }
 
     #[test]
     fn times_have_fractions() {

@@ -1,9 +1,10 @@
 //! The calls that are one question and one answer, to a sandbox that was found.
 
+use std::os::unix::net::UnixStream;
 use std::str::FromStr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use belljar_protocol::client::process;
+use belljar_protocol::client::{CallError, process};
 use belljar_protocol::v1::{self, process_ref::Ref};
 
 use crate::guest::{GuestError, call, soon};
@@ -84,12 +85,21 @@ pub fn list(found: &Found, ended: bool) -> Result<Vec<v1::ProcessInfo>, GuestErr
     })
 }
 
+/// A call about one process.
+fn on_process<T>(
+    found: &Found,
+    deadline: Option<Instant>,
+    carry_out: impl FnOnce(UnixStream, Option<Instant>) -> Result<T, CallError>,
+) -> Result<T, GuestError> {
+    call(found, deadline, carry_out).map_err(GuestError::of_process)
+}
+
 /// All about one process.
 ///
 /// # Errors
 /// There is none, or the guest cannot be reached.
 pub fn inspect(found: &Found, which: &Selector) -> Result<v1::ProcessInfo, GuestError> {
-    call(found, Some(soon()), |stream, deadline| {
+    on_process(found, Some(soon()), |stream, deadline| {
         process::inspect(stream, which.message(), deadline)
     })
 }
@@ -109,7 +119,7 @@ pub fn signal(
         number: number.unsigned_abs(),
         scope: scope.into(),
     };
-    call(found, Some(soon()), |stream, deadline| {
+    on_process(found, Some(soon()), |stream, deadline| {
         process::signal(stream, signal, deadline)
     })
 }
@@ -123,7 +133,7 @@ pub fn wait(
     which: &Selector,
     limit: Option<Duration>,
 ) -> Result<Option<v1::ProcessInfo>, GuestError> {
-    call(found, None, |stream, _| {
+    on_process(found, None, |stream, _| {
         process::wait(stream, which.message(), limit)
     })
 }
@@ -133,7 +143,7 @@ pub fn wait(
 /// # Errors
 /// It runs, or there is none, or the guest cannot be reached.
 pub fn forget(found: &Found, which: &Selector) -> Result<(), GuestError> {
-    call(found, Some(soon()), |stream, deadline| {
+    on_process(found, Some(soon()), |stream, deadline| {
         process::forget(stream, which.message(), deadline)
     })
 }
@@ -148,7 +158,7 @@ pub fn screen(found: &Found, which: &Selector, scrollback: u32) -> Result<v1::Sc
         scrollback,
         formatted: true,
     };
-    call(found, Some(soon()), |stream, deadline| {
+    on_process(found, Some(soon()), |stream, deadline| {
         process::screen(stream, screen, deadline)
     })
 }
@@ -158,7 +168,7 @@ pub fn screen(found: &Found, which: &Selector, scrollback: u32) -> Result<v1::Sc
 /// # Errors
 /// There is no such process, or it has no terminal.
 pub fn resize(found: &Found, which: &Selector, size: v1::Terminal) -> Result<(), GuestError> {
-    call(found, Some(soon()), |stream, deadline| {
+    on_process(found, Some(soon()), |stream, deadline| {
         process::resize(stream, which.message(), size, deadline)
     })
 }

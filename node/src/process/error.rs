@@ -6,6 +6,11 @@ use std::time::Duration;
 use belljar_protocol::frame::{FrameError, MessageError, MessageTooLong};
 use belljar_protocol::v1;
 
+use crate::guest::lists_processes;
+
+/// Every agent says so when it refuses to start something because of that.
+const FROZEN: &str = "programs are frozen";
+
 /// A session came to no good end.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
@@ -65,6 +70,31 @@ fn spawn_failure(failure: &v1::SpawnFailure) -> String {
 }
 
 impl SessionError {
+    /// What the user of this sandbox can do about it, if anything is known to help.
+    #[must_use]
+    pub fn remedy(&self, called: &str) -> Option<String> {
+        match self {
+            Self::TooOld { .. } => {
+                Some("a new sandbox has the present agent; old ones keep theirs".to_owned())
+            }
+            Self::Refused {
+                code: v1::error::Code::NotFound,
+                ..
+            } => Some(lists_processes(called)),
+            Self::Refused { message, .. } if message.contains(FROZEN) => Some(format!(
+                "'belljar system thaw {called}' lets its programs go on"
+            )),
+            Self::Gone(_)
+            | Self::Unreachable { .. }
+            | Self::NoAnswer(_)
+            | Self::Cut { .. }
+            | Self::CutBeforeStart => Some(format!(
+                "'belljar debug state {called}' tells what is the matter with the guest"
+            )),
+            _ => None,
+        }
+    }
+
     /// The exit status of a command line: 127 not found, 126 not executable, else 125.
     #[must_use]
     pub fn exit_status(&self) -> u8 {
@@ -77,5 +107,37 @@ impl SessionError {
             },
             _ => 125,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn remedies_name_the_sandbox() {
+        let refused = |code, message: &str| SessionError::Refused {
+            code,
+            message: message.to_owned(),
+        };
+        let frozen = "all programs are frozen, and none can be started until they are thawed";
+        for (error, remedy) in [
+            (
+                refused(v1::error::Code::NotFound, "no such process"),
+                "belljar ps -a web",
+            ),
+            (
+                refused(v1::error::Code::Conflict, frozen),
+                "belljar system thaw web",
+            ),
+            (
+                SessionError::NoAnswer(Duration::from_secs(30)),
+                "belljar debug state web",
+            ),
+        ] {
+            let said = error.remedy("web").unwrap();
+            assert!(said.contains(remedy), "{said}");
+        }
+        assert_eq!(refused(v1::error::Code::Busy, "full").remedy("web"), None);
     }
 }

@@ -29,6 +29,8 @@ pub struct ExecSpec {
     /// Names or numbers of additional groups.
     pub groups: Vec<String>,
     pub timeout: Option<Duration>,
+    /// Between SIGTERM and SIGKILL when that is over; `None`: 2 s.
+    pub grace: Option<Duration>,
     /// It has an input; otherwise it reads nothing.
     pub stdin: bool,
     /// Empty: none.
@@ -93,7 +95,7 @@ impl ExecSpec {
             stdin: stdin.into(),
             // 0 would mean no limit at all.
             time_limit_ms: self.timeout.map_or(0, |limit| millis(limit).max(1)),
-            grace_ms: Some(millis(GRACE)),
+            grace_ms: Some(millis(self.grace.unwrap_or(GRACE))),
             name,
             replace_ended: self.replace_ended,
             detached: self.detached,
@@ -239,6 +241,20 @@ mod tests {
             ..plain
         };
         assert!(limited.needs().is_some());
+    }
+
+    #[test]
+    fn the_grace_is_as_said_and_may_be_none_at_all() {
+        let grace = |grace| {
+            let spec = ExecSpec {
+                grace,
+                ..ExecSpec::default()
+            };
+            spec.request([7; KEY]).grace_ms
+        };
+        assert_eq!(grace(None), Some(2000));
+        assert_eq!(grace(Some(Duration::from_millis(7500))), Some(7500));
+        assert_eq!(grace(Some(Duration::ZERO)), Some(0));
     }
 
     #[test]

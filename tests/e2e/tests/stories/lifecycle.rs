@@ -47,7 +47,11 @@ fn a_detached_guest_stays_until_it_is_removed() {
     sandbox.says("resume", &[]).is(0, &id_line);
     assert_eq!(sandbox.state(), "running");
 
-    // It goes away with its guest, which is asked.
+    // It goes away with its guest, which is asked; so there is nothing to start again.
+    let said = sandbox.says("restart", &[]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["goes away with its guest", "run --name"]);
+    assert_eq!(sandbox.state(), "running");
     let said = sandbox.says("stop", &[]);
     said.is(0, &id_line);
     assert_eq!(said.err, "");
@@ -229,7 +233,31 @@ fn a_port_stays_with_the_sandbox_and_its_disk_survives_a_stop() {
     assert_eq!(user.says(&["start", "web"]).code(), 0);
     user.says(&["exec", "web", "--", "cat", "/root/page"])
         .is(0, "kept\n");
+
+    // And after both in one: it is another boot, and nothing of the first one runs.
+    let boot = || inspected(&user, "web")["boot"]["guest_boot_id"].clone();
+    let before = boot();
+    assert!(before.is_string(), "{before}");
+    assert_eq!(
+        user.says(&["exec", "-d", "web", "--", "sleep", "1000"])
+            .code(),
+        0
+    );
+    let said = user.says(&["restart", "web"]);
+    assert_eq!((said.code(), said.err.as_str()), (0, ""));
+    assert_ne!(boot(), before);
+    user.says(&["exec", "web", "--", "cat", "/root/page"])
+        .is(0, "kept\n");
+    assert_eq!(
+        json(&user.says(&["ps", "-a", "web", "-o", "json"])),
+        Value::Array(Vec::new())
+    );
+    // One that was stopped is started.
+    assert_eq!(user.says(&["stop", "web"]).code(), 0);
+    assert_eq!(user.says(&["restart", "web"]).code(), 0);
+    assert_eq!(state(&user, "web"), "running");
     assert_eq!(user.says(&["rm", "-f", "web"]).code(), 0);
+    assert_eq!(user.says(&["restart", "web"]).code(), 125);
 }
 
 #[test]
@@ -271,6 +299,11 @@ fn a_fraction_of_a_processor_is_a_limit() {
         let vcpu = times["vcpus_us"][0].as_u64().unwrap();
         Duration::from_micros(vcpu + times["other_us"].as_u64().unwrap())
     };
+    let listed = json(&user.says(&["ls", "-o", "json"]));
+    assert_eq!(
+        (&listed[0]["cpus"], &listed[0]["cpu_limit_milli"]),
+        (&1.into(), &300.into())
+    );
     let (begin, before) = (Instant::now(), ran());
     thread::sleep(Duration::from_secs(3));
     let part = (ran() - before).as_secs_f64() / begin.elapsed().as_secs_f64();

@@ -37,6 +37,7 @@ fn programs_in_a_guest_that_stays() {
     input(&sandbox);
     named_and_detached(&sandbox);
     rings(&sandbox);
+    attached_without_input(&sandbox);
     limits(&sandbox);
     descendants(&sandbox);
 }
@@ -71,6 +72,12 @@ fn statuses(sandbox: &Sandbox<'_>) {
     )
     .is(124, "");
     assert!(begin.elapsed() < Duration::from_secs(60));
+    // Time enough to clean up, and not for ever.
+    let slow = "trap 'sleep 3; echo clean; exit 0' TERM; while :; do sleep 0.1; done";
+    let options = ["--timeout", "500ms", "--grace", "100s"];
+    exec(sandbox, &options, &["sh", "-c", slow]).is(124, "clean\n");
+    let options = ["--timeout", "500ms", "--grace", "100ms"];
+    exec(sandbox, &options, &["sh", "-c", slow]).is(124, "");
 }
 
 fn input(sandbox: &Sandbox<'_>) {
@@ -112,7 +119,10 @@ fn named_and_detached(sandbox: &Sandbox<'_>) {
     exec(sandbox, &["--name", "job", "--replace"], &["echo", "new"]).is(0, "new\n");
     let said = sandbox.says("kill", &["nothing"]);
     assert_eq!(said.code(), 125);
-    said.explains(&["no such process"]);
+    said.explains(&[
+        "no such process",
+        &format!("belljar ps -a {}", sandbox.id()),
+    ]);
 }
 
 fn rings(sandbox: &Sandbox<'_>) {
@@ -127,6 +137,37 @@ fn rings(sandbox: &Sandbox<'_>) {
     assert!(said.text().ends_with("19999\n20000\n"));
     said.explains(&[&format!("{} bytes of output are missing", 108_894 - kept)]);
     sandbox.says("kill", &["-s", "KILL", "long"]).is(0, "");
+    eventually("its end", || find(sandbox, "long")["state"] == "ended");
+    let said = sandbox.says("attach", &["--from", "0", "long"]);
+    assert_eq!((said.code(), said.text().len()), (137, kept));
+    said.explains(&[&format!("{} bytes of output are missing", 108_894 - kept)]);
+    sandbox
+        .says("attach", &["--from", "108888", "long"])
+        .is(137, "20000\n");
+}
+
+/// Input that is no terminal is passed on with -i only: a closed one ends nothing.
+fn attached_without_input(sandbox: &Sandbox<'_>) {
+    let script = "read line; echo got $line";
+    exec(
+        sandbox,
+        &["-d", "-i", "--name", "reader"],
+        &["sh", "-c", script],
+    )
+    .is(0, "reader\n");
+    let mut viewer = sandbox.start("attach", &["reader"]);
+    drop(viewer.child.stdin.take());
+    eventually("the viewer", || find(sandbox, "reader")["viewers"] == 1);
+    let reader = find(sandbox, "reader");
+    assert_eq!(
+        (&reader["state"], &reader["stdin_open"]),
+        (&"running".into(), &true.into())
+    );
+    let mut writer = sandbox.start("attach", &["-i", "reader"]);
+    let mut stdin = writer.child.stdin.take().unwrap();
+    stdin.write_all(b"x\n").unwrap();
+    writer.wait().is(0, "got x\n");
+    viewer.wait().is(0, "got x\n");
 }
 
 fn limits(sandbox: &Sandbox<'_>) {

@@ -119,6 +119,35 @@ fn what_a_guest_uses_is_shown_beside_what_the_host_counts() {
     assert_eq!(following.wait().code(), -1);
 }
 
+/// Looking is no activity, a touch is; a guest that does not answer is told.
+fn activity(sandbox: &Sandbox<'_>) {
+    // Of the last activity, in the guest's time.
+    let last = || {
+        let ping = json(&system(sandbox, "ping", &["-o", "json"]));
+        let field = |name: &str| {
+            ping[name]
+                .as_u64()
+                .unwrap_or_else(|| panic!("{name}: {ping}"))
+        };
+        field("up_us") - field("idle_us")
+    };
+    let first = last();
+    assert_eq!(sandbox.says("ps", &["-a"]).code(), 0);
+    // Microseconds are rounded twice.
+    assert!(last().abs_diff(first) <= 2);
+    system(sandbox, "touch", &[]).is(0, "");
+    assert!(last() > first + 2);
+    let said = system(sandbox, "ping", &["-o", "table"]);
+    assert!(said.text().contains("last activity"), "{}", said.text());
+    assert_eq!(sandbox.says("pause", &[]).code(), 0);
+    for action in ["ping", "touch"] {
+        let said = system(sandbox, action, &[]);
+        assert_eq!(said.code(), 125);
+        said.explains(&["is paused", "belljar resume"]);
+    }
+    assert_eq!(sandbox.says("resume", &[]).code(), 0);
+}
+
 #[test]
 fn a_guest_is_frozen_thawed_set_right_and_reseeded() {
     let user = User::new();
@@ -149,6 +178,8 @@ fn a_guest_is_frozen_thawed_set_right_and_reseeded() {
     );
     assert_eq!(system(&sandbox, "clock", &["--to", "x"]).code(), 125);
 
+    activity(&sandbox);
+
     system(&sandbox, "reseed", &[]).is(0, "");
     assert_eq!(inside("head -c 32 /dev/urandom | wc -c"), "32");
     system(&sandbox, "sync", &[]).is(0, "");
@@ -169,7 +200,7 @@ fn a_guest_is_frozen_thawed_set_right_and_reseeded() {
         assert_eq!(sandbox.state(), "running");
         let said = sandbox.says("exec", &["true"]);
         assert_eq!(said.code(), 125);
-        said.explains(&["frozen"]);
+        said.explains(&["frozen", "belljar system thaw"]);
         // Twice is once; a new worker knows how to thaw, too.
         system(&sandbox, "freeze", flags).is(0, "");
         system(&sandbox, "thaw", &[]).is(0, "");
@@ -187,4 +218,5 @@ fn a_guest_is_frozen_thawed_set_right_and_reseeded() {
     sandbox.says("wait", &["--end", "writer"]).is(0, "137\n");
     let said = sandbox.says("stop", &[]);
     assert_eq!((said.code(), said.err.as_str()), (0, ""));
+    assert_eq!(system(&sandbox, "ping", &[]).code(), 125);
 }
