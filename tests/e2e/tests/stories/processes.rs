@@ -209,3 +209,173 @@ fn descendants(sandbox: &Sandbox<'_>) {
         .is(0, "");
     eventually("nothing to be left", || left() == "0\n");
 }
+
+#[test]
+fn what_programs_said_and_used_is_kept_for_a_while() {
+    let user = User::new();
+    let sandbox = user.sandbox(&["--memory", "512M"]);
+    followed(&sandbox);
+    since_a_moment(&sandbox);
+    a_reader_that_stops(&sandbox);
+    forgotten(&sandbox);
+    one_process_alone(&sandbox);
+    what_it_used(&sandbox);
+}
+
+/// Starts a script that goes on by itself.
+fn background(sandbox: &Sandbox<'_>, name: &str, options: &[&str], script: &str) {
+    let mut all = vec!["-d", "--name", name];
+    all.extend(options);
+    exec(sandbox, &all, &["sh", "-c", script]).is(0, &format!("{name}\n"));
+}
+
+/// A script that waits for `touch FILE`.
+fn until(file: &str) -> String {
+    format!("while [ ! -e {file} ]; do sleep 0.05; done")
+}
+
+fn touch(sandbox: &Sandbox<'_>, file: &str) {
+    exec(sandbox, &[], &["touch", file]).is(0, "");
+}
+
+fn followed(sandbox: &Sandbox<'_>) {
+    let script = format!(
+        "echo one; {}; echo two; echo bad >&2; exit 3",
+        until("/run/a")
+    );
+    background(sandbox, "talks", &[], &script);
+    let follows = sandbox.start("logs", &["-f", "talks"]);
+    eventually("the first line", || follows.out_so_far() == b"one\n");
+    // Without -f only what there is.
+    sandbox.says("logs", &["talks"]).is(0, "one\n");
+    touch(sandbox, "/run/a");
+    let said = follows.wait();
+    said.is(0, "one\ntwo\n");
+    assert_eq!(said.err, "bad\n");
+    let said = sandbox.says("logs", &["-f", "nobody"]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["no such process"]);
+}
+
+fn since_a_moment(sandbox: &Sandbox<'_>) {
+    let script = format!("echo early; {}; echo late", until("/run/b"));
+    background(sandbox, "slow", &[], &script);
+    eventually("the first line", || {
+        sandbox.says("logs", &["slow"]).text() == "early\n"
+    });
+    let moment = exec(sandbox, &[], &["date", "+%s.%N"]).text();
+    touch(sandbox, "/run/b");
+    sandbox.says("wait", &["--end", "slow"]).is(0, "0\n");
+    let since = |moment: &str| sandbox.says("logs", &["--since", moment, "slow"]);
+    since(moment.trim()).is(0, "late\n");
+    since("1h").is(0, "early\nlate\n");
+    let said = since("yesterday");
+    assert_eq!(said.code(), 125);
+    said.explains(&["yesterday"]);
+}
+
+/// Neither the program nor another reader waits for it.
+fn a_reader_that_stops(sandbox: &Sandbox<'_>) {
+    let script = format!("echo begin; {}; seq 1 300000", until("/run/c"));
+    background(sandbox, "much", &["--ring", "64K"], &script);
+    let stopped = sandbox.start("logs", &["-f", "much"]);
+    eventually("it to read", || stopped.out_so_far() == b"begin\n");
+    stopped.signal(rustix::process::Signal::STOP);
+    let other = sandbox.start("logs", &["-f", "much"]);
+    touch(sandbox, "/run/c");
+    sandbox.says("wait", &["--end", "much"]).is(0, "0\n");
+    let said = other.wait();
+    assert_eq!(said.code(), 0);
+    assert!(said.text().ends_with("\n300000\n"));
+    stopped.signal(rustix::process::Signal::CONT);
+    let said = stopped.wait();
+    assert_eq!(said.code(), 0);
+    said.explains(&["bytes of output are missing"]);
+    assert!(said.text().starts_with("begin\n"));
+    assert!(said.text().ends_with("\n300000\n"));
+}
+
+fn forgotten(sandbox: &Sandbox<'_>) {
+    let brief = ["--name", "brief", "--keep", "500ms"];
+    exec(sandbox, &brief, &["echo", "x"]).is(0, "x\n");
+    let long = ["--name", "long-kept", "--keep", "1h"];
+    exec(sandbox, &long, &["echo", "y"]).is(0, "y\n");
+    eventually("it to be forgotten", || {
+        let said = sandbox.says("logs", &["brief"]);
+        said.code() == 125 && said.err.contains("no such process")
+    });
+    sandbox.says("logs", &["long-kept"]).is(0, "y\n");
+    // The name is free again.
+    exec(sandbox, &brief, &["echo", "again"]).is(0, "again\n");
+    assert_eq!(
+        exec(sandbox, &["--keep", "long"], &["true"]).code(),
+        125,
+        "that is no time"
+    );
+}
+
+fn one_process_alone(sandbox: &Sandbox<'_>) {
+    let script = "trap 'echo caught' USR1; sleep 98765 & echo begun; \
+        while kill -0 $! 2>&-; do wait $!; done; echo over";
+    background(sandbox, "parent", &[], script);
+    let said = |text: &str| {
+        eventually(text, || {
+            sandbox.says("logs", &["parent"]).text().ends_with(text)
+        });
+    };
+    said("begun\n");
+    let usr1 = |more: &[&str]| {
+        let mut all = vec!["-s", "USR1"];
+        all.extend(more);
+        all.push("parent");
+        sandbox.says("kill", &all).is(0, "");
+    };
+    // The child would not survive it.
+    usr1(&["--process"]);
+    said("caught\n");
+    exec(sandbox, &[], &["pgrep", "-c", "-x", "-f", "sleep 98765"]).is(0, "1\n");
+    usr1(&[]);
+    said("over\n");
+    sandbox.says("wait", &["--end", "parent"]).is(0, "0\n");
+    let said = sandbox.says("kill", &["-s", "NOSUCH", "parent"]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["NOSUCH"]);
+}
+
+fn what_it_used(sandbox: &Sandbox<'_>) {
+    let work = "import time\nx = bytearray(60 << 20)\nwhile time.process_time() < 0.3: pass";
+    exec(sandbox, &["--name", "works"], &["python3", "-c", work]).is(0, "");
+    exec(sandbox, &["--name", "rests"], &["sleep", "0.3"]).is(0, "");
+    let number = |name: &str, path: &str| {
+        let all = find(sandbox, name);
+        let number = all.pointer(path).and_then(Value::as_u64);
+        number.unwrap_or_else(|| panic!("no {path} in {all}"))
+    };
+    assert!(number("works", "/end/usage/cpu_us") >= 300_000);
+    assert!(number("works", "/end/wall_us") >= 300_000);
+    assert!((60 << 20..200 << 20).contains(&number("works", "/end/usage/memory_peak")));
+    assert!(number("rests", "/end/usage/cpu_us") < number("works", "/end/usage/cpu_us"));
+    assert!(number("rests", "/end/usage/memory_peak") < 60 << 20);
+
+    // One that takes more than it may: told at once, later, and as an event.
+    let hog = "x = bytearray(200 << 20)";
+    let limited = ["--name", "hog", "--memory", "50M"];
+    let said = exec(sandbox, &limited, &["python3", "-c", hog]);
+    said.is(137, "");
+    said.explains(&["ran out of memory"]);
+    assert_eq!(find(sandbox, "hog")["end"]["how"], "out_of_memory");
+    let peak = number("hog", "/end/usage/memory_peak");
+    assert!((30 << 20..=50 << 20).contains(&peak), "{peak}");
+    let said = sandbox.says("events", &["-o", "json"]);
+    let told: Vec<Value> = said
+        .text()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .filter(|event: &Value| event["process_name"] == "hog")
+        .collect();
+    let has = |word: &str| told.iter().any(|event| event["event"] == word);
+    assert!(has("started") && has("out_of_memory"), "{told:?}");
+    let end = told.iter().find(|event| event["event"] == "ended").unwrap();
+    assert_eq!(end["out_of_memory"], true);
+    assert_eq!(end["status"], 137);
+}
