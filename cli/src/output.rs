@@ -69,6 +69,11 @@ pub(crate) fn print_json(document: &impl Serialize) {
     }
 }
 
+/// The bytes of what is no UTF-8; JSON has text only.
+pub(crate) fn not_text(bytes: &[u8]) -> Option<&[u8]> {
+    std::str::from_utf8(bytes).is_err().then_some(bytes)
+}
+
 /// A document with the fields of another one added.
 pub(crate) fn joined(mut document: Value, more: Value) -> Value {
     if let (Value::Object(fields), Value::Object(more)) = (&mut document, more) {

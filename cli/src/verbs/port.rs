@@ -21,8 +21,9 @@ const LOOK: Duration = Duration::from_secs(2);
 
 /// Reach a port of a sandbox from this machine, or list what listens in it
 ///
-/// Connections to PORT of this machine go to GUESTPORT of the sandbox (the same number unless given), its
-/// loopback interface included, until Ctrl-C. They are taken on 127.0.0.1 unless a HOST is given.
+/// Connections to PORT of this machine go to GUESTPORT of the sandbox (the same number unless given), on its
+/// loopback interface or any GUESTHOST it can reach, until Ctrl-C. They are taken on 127.0.0.1 unless a HOST
+/// is given.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -32,6 +33,7 @@ Examples:
   belljar port box 0:80                     any free port; it is printed
   belljar port box 0.0.0.0:8080:80          for other machines, too
   belljar port box 8080:/run/docker.sock    a Unix socket of the sandbox; @NAME is an abstract one
+  belljar port box 8080:127.0.0.2:80        another address of the sandbox, or one that it can reach
   belljar port box /tmp/web.sock:80         a Unix socket of this machine
   belljar port -d box 8080:80               stays with the sandbox until that stops
   belljar port --forwards box               what stays so; --remove 8080 ends it
@@ -43,7 +45,7 @@ pub(crate) struct Args {
     sandbox: BoxArg,
 
     /// Ports to forward; none: list the ports on which something listens
-    #[arg(value_name = "[HOST:]PORT[:GUESTPORT]")]
+    #[arg(value_name = "[HOST:]PORT[:[GUESTHOST:]GUESTPORT]")]
     forward: Vec<Forward>,
 
     /// Leave the forwarding to the sandbox's supervisor, and return

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::failure::{Failure, status_of};
 use crate::options::BoxArg;
-use crate::output;
+use crate::output::{self, Format, OutputOption, not_text};
 use crate::report;
 use crate::values;
 
@@ -24,9 +24,9 @@ use crate::values;
 Examples:
   belljar watch box /srv/app -r              a whole tree, directories made later included
   belljar watch box /etc/hosts               one file
-  belljar watch box /srv -r --json | jq .
+  belljar watch box /srv -r | jq .           JSON when piped, as with -o json
   belljar watch box /srv -r --from 42:17     go on after a break: watch 42 from event 17 on; both
-                                             stand in every line of --json
+                                             stand in every JSON document
 
 Events: created, changed (when a file is closed after writing, and once a second meanwhile), attributes,
 moved, removed, overflow, gone.")]
@@ -41,8 +41,11 @@ pub(crate) struct Args {
     #[arg(short, long)]
     recursive: bool,
 
-    /// One JSON document for each event
-    #[arg(long)]
+    #[command(flatten)]
+    output: OutputOption,
+
+    /// The same as -o json: one document for each event
+    #[arg(long, conflicts_with = "output")]
     json: bool,
 
     /// Go on with an earlier watch of the same path, from an event on
@@ -66,7 +69,7 @@ fn cursor(text: &str) -> Result<Cursor, String> {
             next: next.parse().ok()?,
         })
     };
-    parsed().ok_or_else(|| "write WATCH:EVENT, two numbers of an earlier --json".to_owned())
+    parsed().ok_or_else(|| "write WATCH:EVENT, two numbers of an earlier JSON document".to_owned())
 }
 
 /// Returns the exit status.
@@ -90,11 +93,15 @@ fn follow(args: &Args) -> Result<u8, Failure> {
         let count = watcher.directories();
         report::print(&format!("Watching {count} directories; Ctrl-C ends.\n"));
     }
+    let format = if args.json {
+        Format::Json
+    } else {
+        args.output.format()
+    };
     while let Some(event) = watcher.next_event()? {
-        let text = if args.json {
-            format!("{}\n", document(&event, watcher.cursor().id))
-        } else {
-            line(&event)
+        let text = match format {
+            Format::Json => format!("{}\n", document(&event, watcher.cursor().id)),
+            Format::Table => line(&event),
         };
         if !output::print_on(&text) {
             watcher.end();
@@ -151,11 +158,14 @@ fn document(event: &v1::WatchEvent, watch: u64) -> Value {
     match (word, more) {
         ("overflow" | "gone", Some(why)) => set("reason", text(why).into()),
         (_, more) => {
-            set("path", text(path).into());
-            set("directory", event.is_directory.into());
-            if let Some(to) = more {
-                set("to", text(to).into());
+            let names = [("path", Some(path)), ("to", more)];
+            for (key, name) in names.into_iter().filter_map(|(key, it)| Some((key, it?))) {
+                set(key, text(name).into());
+                if let Some(bytes) = not_text(name) {
+                    set(&format!("{key}_bytes"), bytes.into());
+                }
             }
+            set("directory", event.is_directory.into());
         }
     }
     document
@@ -190,6 +200,19 @@ mod tests {
         let document = document(&event(What::Moved(moved), true), u64::MAX);
         assert_eq!(document["to"], "b");
         assert_eq!(document["watch"], "18446744073709551615");
+        assert_eq!(document["path_bytes"], Value::Null);
+    }
+
+    #[test]
+    fn names_that_are_no_text_come_as_bytes_too() {
+        let moved = v1::Moved {
+            from: b"a\xff".to_vec(),
+            to: b"\xfe".to_vec(),
+        };
+        let document = document(&event(What::Moved(moved), false), 1);
+        assert_eq!(document["path"], "a\u{fffd}");
+        assert_eq!(document["path_bytes"], json!([97, 255]));
+        assert_eq!(document["to_bytes"], json!([254]));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! How a forwarding is written: `[HOST:]PORT[:GUESTPORT]`.
+//! How a forwarding is written: `[HOST:]PORT[:[GUESTHOST:]GUESTPORT]`.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -21,8 +21,8 @@ pub enum Listen {
 /// Where in the guest they go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
-    /// On the guest's loopback.
-    Tcp(u16),
+    /// An address that the guest can reach; `None`: its loopback.
+    Tcp(Option<IpAddr>, u16),
     /// A path, or `@` and an abstract name.
     Unix(String),
 }
@@ -37,7 +37,7 @@ pub struct Forward {
 /// A forwarding cannot be understood.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "'{text}': {reason}; write PORT, PORT:GUESTPORT, HOST:PORT:GUESTPORT or PORT:/SOCKET/IN/THE/GUEST"
+    "'{text}': {reason}; write PORT, PORT:GUESTPORT, HOST:PORT:GUESTPORT, PORT:GUESTHOST:GUESTPORT or PORT:/SOCKET/IN/THE/GUEST"
 )]
 pub struct ForwardSyntax {
     text: String,
@@ -56,7 +56,8 @@ impl fmt::Display for Listen {
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Tcp(port) => port.fmt(f),
+            Self::Tcp(None, port) => port.fmt(f),
+            Self::Tcp(Some(host), port) => SocketAddr::new(*host, *port).fmt(f),
             Self::Unix(path) => path.fmt(f),
         }
     }
@@ -74,8 +75,8 @@ impl Target {
     #[must_use]
     pub fn call(&self) -> v1::connect::Target {
         match self {
-            Self::Tcp(port) => v1::connect::Target::Tcp(v1::TcpTarget {
-                host: String::new(),
+            Self::Tcp(host, port) => v1::connect::Target::Tcp(v1::TcpTarget {
+                host: host.map_or_else(String::new, |host| host.to_string()),
                 port: u32::from(*port),
             }),
             Self::Unix(path) => v1::connect::Target::Unix(path.as_bytes().to_vec()),
@@ -95,8 +96,7 @@ impl FromStr for Forward {
             reason,
         };
         if text.starts_with('/') {
-            let (path, target) = text
-                .rsplit_once(':')
+            let (path, target) = split_path(text)
                 .and_then(|(path, target)| Some((path, parse_target(target)?)))
                 .ok_or_else(|| wrong("after the path there must be a port of the guest"))?;
             if path.len() > PATH_MAX {
@@ -112,9 +112,9 @@ impl FromStr for Forward {
         let port: u16 = port.parse().map_err(|_| wrong("there is no port"))?;
         let target = match target {
             None if port == 0 => return Err(wrong("the guest's port is missing")),
-            None => Target::Tcp(port),
+            None => Target::Tcp(None, port),
             Some(target) => {
-                parse_target(target).ok_or_else(|| wrong("the guest's port is none"))?
+                parse_target(target).ok_or_else(|| wrong("the guest's address or port is none"))?
             }
         };
         let listen = Listen::Tcp(SocketAddr::new(host, port));
@@ -141,13 +141,31 @@ fn split_host(text: &str) -> Option<(IpAddr, &str)> {
     }
 }
 
+/// `/PATH:[ADDRESS:]PORT`. The path may have colons, too.
+fn split_path(text: &str) -> Option<(&str, &str)> {
+    let (rest, port) = text.rsplit_once(':')?;
+    let begin = if rest.ends_with(']') {
+        rest.rfind(":[")
+    } else {
+        rest.rfind(':')
+    };
+    let with_address =
+        begin.and_then(|at| Some((text.get(..at)?, text.get(at.saturating_add(1)..)?)));
+    with_address
+        .filter(|(_, target)| target.parse::<SocketAddr>().is_ok())
+        .or(Some((rest, port)))
+}
+
 fn parse_target(text: &str) -> Option<Target> {
     match text.as_bytes().first()? {
         b'/' | b'@' if text.len() <= PATH_MAX => Some(Target::Unix(text.to_owned())),
         b'/' | b'@' => None,
         _ => {
-            let port: u16 = text.parse().ok()?;
-            (port != 0).then_some(Target::Tcp(port))
+            let (host, port) = match text.parse::<SocketAddr>() {
+                Ok(address) => (Some(address.ip()), address.port()),
+                Err(_) => (None, text.parse().ok()?),
+            };
+            (port != 0).then_some(Target::Tcp(host, port))
         }
     }
 }
@@ -174,6 +192,13 @@ mod tests {
             ("8080:/run/x.sock", "127.0.0.1:8080:/run/x.sock"),
             ("8080:@name", "127.0.0.1:8080:@name"),
             ("/tmp/x:80", "/tmp/x:80"),
+            ("8080:127.0.0.2:80", "127.0.0.1:8080:127.0.0.2:80"),
+            ("0.0.0.0:8080:10.0.0.7:80", "0.0.0.0:8080:10.0.0.7:80"),
+            ("8080:[fe80::1]:80", "127.0.0.1:8080:[fe80::1]:80"),
+            ("[::1]:8080:[::2]:80", "[::1]:8080:[::2]:80"),
+            ("/tmp/x:127.0.0.2:80", "/tmp/x:127.0.0.2:80"),
+            ("/tmp/x:[::2]:80", "/tmp/x:[::2]:80"),
+            ("/tmp/a:b:80", "/tmp/a:b:80"),
         ] {
             assert_eq!(written(text), meant);
             assert_eq!(written(meant), meant);
@@ -183,12 +208,39 @@ mod tests {
     #[test]
     fn what_makes_no_sense_is_told() {
         for text in [
-            "", "0", "x", "8080:", "8080:0", ":80", "70000", "80:70000", "host:1:2", "[::1]",
-            "/tmp/x", "1:2:3",
+            "",
+            "0",
+            "x",
+            "8080:",
+            "8080:0",
+            ":80",
+            "70000",
+            "80:70000",
+            "host:1:2",
+            "[::1]",
+            "/tmp/x",
+            "1:2:3",
+            "80:127.0.0.2",
+            "80:127.0.0.2:0",
+            "80:name:80",
+            "80:::1:80",
         ] {
             let error = text.parse::<Forward>().unwrap_err().to_string();
             assert!(error.contains("write PORT"), "{error}");
         }
+    }
+
+    #[test]
+    fn an_address_of_the_guest_is_passed_on() {
+        let host = |text: &str| match text.parse::<Forward>().unwrap().target.call() {
+            v1::connect::Target::Tcp(tcp) => (tcp.host, tcp.port),
+            v1::connect::Target::Unix(_) => panic!("{text}"),
+        };
+        assert_eq!(host("8080"), (String::new(), 8080));
+        assert_eq!(host("1:127.0.0.2:80"), ("127.0.0.2".to_owned(), 80));
+        assert_eq!(host("/x:[::2]:80"), ("::2".to_owned(), 80));
+        let written: Forward = "/x:[::2]:80".parse().unwrap();
+        assert_eq!(written.listen, Listen::Unix("/x".into()));
     }
 
     proptest! {

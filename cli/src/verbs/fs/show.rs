@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{Where, bytes};
 use crate::failure::Failure;
-use crate::output::{self, Format, OutputOption, Table, escaped, escaped_bytes};
+use crate::output::{self, Format, OutputOption, Table, escaped, escaped_bytes, not_text};
 
 /// Tell all about files
 #[derive(Debug, clap::Args)]
@@ -327,11 +327,6 @@ impl Xattr {
         }
         Ok(0)
     }
-}
-
-/// The bytes of what is no UTF-8; JSON has text only.
-fn not_text(bytes: &[u8]) -> Option<&[u8]> {
-    std::str::from_utf8(bytes).is_err().then_some(bytes)
 }
 
 fn with_name(key: &str, name: &[u8], info: Option<&v1::FileInfo>, kind: FileType) -> Value {

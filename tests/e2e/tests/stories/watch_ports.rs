@@ -155,6 +155,22 @@ fn ports_are_reached_listed_and_waited_for() {
         );
         ended(running);
     }
+    // Another address of the guest than its loopback's first one.
+    let socket = "s = socket.create_server(('127.0.0.2', 7))";
+    background(
+        &sandbox,
+        "second",
+        &["python3", "-c", &ANSWERER.replacen('%', socket, 1)],
+    );
+    let (running, address) = forward(&sandbox, "0:127.0.0.2:7");
+    eventually("the answer of the other address", || {
+        ask(&address, b"who?").is_ok_and(|answer| answer == b"got 4 bytes")
+    });
+    ended(running);
+    let (running, address) = forward(&sandbox, "0:127.0.0.3:7");
+    assert!(ask(&address, b"who?").is_err());
+    running.signal(rustix::process::Signal::INT);
+    running.wait().explains(&["127.0.0.3:7", "refused"]);
     let (running, address) = forward(&sandbox, "0:9");
     assert!(ask(&address, b"anybody?").is_err());
     running.signal(rustix::process::Signal::INT);
@@ -237,7 +253,8 @@ fn a_tree_is_watched_whatever_happens_to_the_agent() {
         &sandbox,
         "mkdir -p /tmp/tree/a /root/w; echo x > /tmp/tree/a/old",
     );
-    let watch = sandbox.start("watch", &["/tmp/tree", "-r", "--json"]);
+    // It is piped here.
+    let watch = sandbox.start("watch", &["/tmp/tree", "-r"]);
     let has = |event: &str| eventually(event, || told(&watch).iter().any(|line| line == event));
     // It says nothing when it is ready: the first sign of it is the first event.
     eventually("the watch to be set", || {
@@ -253,6 +270,12 @@ fn a_tree_is_watched_whatever_happens_to_the_agent() {
     has("moved a/old n/older");
     has("attributes n/older");
     has("removed n/older");
+    inside(&sandbox, "mkdir \"$(printf '/tmp/tree/\\377')\"");
+    eventually("a name that is no text", || {
+        let all = documents(&watch);
+        all.iter()
+            .any(|event| event["path_bytes"] == serde_json::json!([255]))
+    });
 
     // After a break it goes on where it was.
     let last = documents(&watch).last().unwrap().clone();
@@ -299,7 +322,7 @@ fn a_tree_is_watched_whatever_happens_to_the_agent() {
     said.explains(&["is gone"]);
 
     // A line for people; a file in the root's own file system; the sandbox's end.
-    let watch = sandbox.start("watch", &["/root/w"]);
+    let watch = sandbox.start("watch", &["/root/w", "-o", "table"]);
     eventually("a line", || {
         inside(&sandbox, "rm -f /root/w/x; : > /root/w/x");
         String::from_utf8_lossy(&watch.out_so_far()).contains("created     x\n")
