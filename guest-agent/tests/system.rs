@@ -378,6 +378,8 @@ fn programs_are_frozen_and_thawed() {
     wait_until("another worker", || {
         agent.worker_pid().is_some_and(|pid| pid != worker) && agent.is_alive()
     });
+    let is_frozen = || ping(agent.connect(), soon()).unwrap().1.frozen;
+    assert!(is_frozen());
     let made = Connection::new(agent.connect()).call(
         Call::MakeDirectory(v1::MakeDirectory {
             path: folder
@@ -399,6 +401,7 @@ fn programs_are_frozen_and_thawed() {
     // Killing needs no thaw.
     system::thaw(agent.connect(), soon()).unwrap();
     wait_until("it writes again", || size() > frozen);
+    assert!(!is_frozen());
     system::freeze(agent.connect(), Duration::from_secs(5), false, soon()).unwrap();
     let signal = v1::Signal {
         process: Some(process.clone()),

@@ -51,6 +51,8 @@ pub struct VmmSymptoms {
     /// Milliseconds that the agent took, or why it does not answer.
     #[serde(serialize_with = "answer")]
     pub agent: Result<f64, String>,
+    /// The agent answers, and says that all programs are stopped.
+    pub frozen: bool,
     pub threads: Vec<ThreadSymptoms>,
 }
 
@@ -108,21 +110,24 @@ fn look_at_vmm(found: &Found, vmm: ProcessRecord, state: &State) -> VmmSymptoms 
             .map(drop)
             .map_err(|error| error.to_string())
     });
+    let mut frozen = false;
     let agent = if matches!(state, State::Paused(_)) {
         Err("it is paused".to_owned())
     } else {
         timed(|| {
             let deadline = Instant::now() + PING_LIMIT;
             let stream = found.agent(deadline).map_err(|error| error.to_string())?;
-            client::ping(stream, Some(deadline))
-                .map(drop)
-                .map_err(|error| error.to_string())
+            let (_, pong) =
+                client::ping(stream, Some(deadline)).map_err(|error| error.to_string())?;
+            frozen = pong.frozen;
+            Ok(())
         })
     };
     VmmSymptoms {
         pid: vmm.pid,
         api,
         agent,
+        frozen,
         threads: watch_threads(vmm),
     }
 }
@@ -182,6 +187,13 @@ fn read_tail(path: &Path) -> Vec<u8> {
 }
 
 impl Symptoms {
+    /// Whether the guest does what it is there for, as far as the host can tell.
+    #[must_use]
+    pub fn is_well(&self) -> bool {
+        let vmm = self.vmm.as_ref();
+        vmm.is_some_and(|vmm| vmm.agent.is_ok() && !vmm.frozen)
+    }
+
     /// Judges by what was seen.
     #[must_use]
     pub fn verdict(&self, id: &str) -> Verdict {
@@ -215,6 +227,10 @@ impl Symptoms {
         if matches!(self.state, State::Paused(_)) {
             let remedy = format!("'belljar resume {id}' lets it go on");
             return verdict("it is paused", remedy);
+        }
+        if vmm.agent.is_ok() && vmm.frozen {
+            let remedy = format!("'belljar system thaw {id}' lets its programs go on");
+            return verdict("its agent answers, but its programs are frozen", remedy);
         }
         if vmm.agent.is_ok() {
             return verdict(
@@ -294,6 +310,7 @@ mod tests {
                 pid: 7,
                 api: Ok(0.3),
                 agent,
+                frozen: false,
                 threads: vec![thread("belljar-vmm", 0.0, 'S'), thread("vcpu0", busy, 'R')],
             }),
             console: console.iter().map(|line| (*line).to_owned()).collect(),
@@ -331,6 +348,14 @@ mod tests {
             let what = judged(&symptoms);
             assert!(what.contains(part), "{what}");
         }
+        let mut frozen = symptoms(Ok(1.0), 0.0, &[]);
+        assert!(frozen.is_well());
+        if let Some(vmm) = &mut frozen.vmm {
+            vmm.frozen = true;
+        }
+        assert!(!frozen.is_well());
+        let verdict = frozen.verdict("box");
+        assert!(verdict.what.contains("frozen") && verdict.remedy.contains("system thaw box"));
         let mut stuck = symptoms(silent(), 0.0, &[]);
         if let Some(vmm) = &mut stuck.vmm {
             vmm.api = Err("no answer".into());

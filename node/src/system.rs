@@ -60,6 +60,8 @@ pub struct Pinged {
     pub idle: Option<Duration>,
     /// How often its worker was replaced.
     pub worker_restarts: u32,
+    /// All programs are stopped until somebody thaws them.
+    pub frozen: bool,
 }
 
 /// Asks the agent how it is. That is not activity: looking at a guest does not keep it awake.
@@ -77,6 +79,7 @@ pub fn ping(found: &Found) -> Result<Pinged, GuestError> {
         up: Duration::from_nanos(pong.boottime_ns),
         idle: (last != 0).then(|| Duration::from_nanos(pong.boottime_ns.saturating_sub(last))),
         worker_restarts: pong.worker_restarts,
+        frozen: pong.frozen,
     })
 }
 

@@ -1,14 +1,13 @@
 //! `belljar console`.
 
-use std::fs;
 use std::io::{IsTerminal, stdin, stdout};
 use std::os::fd::AsFd;
 
 use belljar_node::console::{self, View};
+use belljar_node::logs::{self, Log};
 use belljar_node::pipe::PipeEnd;
 use belljar_node::process::{DetachKeys, TERMINAL_SIGNALS};
 use belljar_node::registry::Found;
-use belljar_node::state;
 use belljar_node::sys::SignalFd;
 
 use crate::failure::{Failure, status_of};
@@ -98,9 +97,7 @@ fn show(args: &Args, found: &Found) -> Result<u8, Failure> {
 
 /// The last lines of the log, escaped: nobody asked for a terminal here.
 fn print_last(found: &Found, count: usize) {
-    let path = found.dir().file(state::CONSOLE_LOG);
-    let mut log = fs::read(path.with_added_extension("1")).unwrap_or_default();
-    log.extend(fs::read(&path).unwrap_or_default());
+    let log = logs::read(found, Log::Console).unwrap_or_default();
     let text = output::printable_lines(&log);
     let lines: Vec<&str> = text.lines().collect();
     let begin = lines.len().saturating_sub(count);

@@ -1,14 +1,13 @@
 //! `belljar debug`.
 
 use std::fmt::Write as _;
-use std::fs;
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use belljar_node::logs::{self, Log};
 use belljar_node::pipe::{self, Everything, PipeEnd};
 use belljar_node::registry::Found;
-use belljar_node::state;
 use belljar_node::symptoms::{self, Symptoms};
 use belljar_node::vmm;
 use serde_json::json;
@@ -115,8 +114,7 @@ fn state(args: &StateArgs) -> Result<u8, Failure> {
             output::print_json(&json!({"id": found.id(), "verdict": verdict, "seen": symptoms}));
         }
     }
-    let well = symptoms.vmm.is_some_and(|vmm| vmm.agent.is_ok());
-    Ok(u8::from(!well))
+    Ok(u8::from(!symptoms.is_well()))
 }
 
 fn text(symptoms: &Symptoms, called: &str) -> String {
@@ -138,7 +136,12 @@ fn text(symptoms: &Symptoms, called: &str) -> String {
             Err(error) => format!("does not answer: {}", escaped(error)),
         };
         let _ = writeln!(text, "VMM      pid {}, {}", vmm.pid, answer(&vmm.api));
-        let _ = writeln!(text, "agent    {}\n", answer(&vmm.agent));
+        let frozen = if vmm.frozen {
+            "; all programs are frozen"
+        } else {
+            ""
+        };
+        let _ = writeln!(text, "agent    {}{frozen}\n", answer(&vmm.agent));
         let mut table = Table::new(&["THREAD", "BUSY", "STATE", "WAITS IN"]);
         for thread in &vmm.threads {
             table.row(&[
@@ -162,23 +165,17 @@ fn text(symptoms: &Symptoms, called: &str) -> String {
 
 fn log(args: &LogArgs) -> Result<u8, Failure> {
     let found = args.sandbox.find()?;
-    let name = if args.vmm {
-        state::VMM_LOG
-    } else {
-        state::CONSOLE_LOG
-    };
-    let path = found.dir().file(name);
-    let mut bytes = fs::read(path.with_added_extension("1")).unwrap_or_default();
-    match fs::read(&path) {
-        Ok(newest) => bytes.extend(newest),
-        Err(_) if bytes.is_empty() => {
-            return Err(Failure::with_remedy(
+    let log = if args.vmm { Log::Vmm } else { Log::Console };
+    let bytes = logs::read(&found, log).map_err(|error| {
+        if error.kind() == io::ErrorKind::NotFound {
+            Failure::with_remedy(
                 format!("sandbox {} has no such log yet", found.called()),
                 "it begins with the first thing that is said",
-            ));
+            )
+        } else {
+            Failure::new(format!("the log of {}: {error}", found.called()))
         }
-        Err(_) => {}
-    }
+    })?;
     let shown = if args.raw {
         bytes
     } else {

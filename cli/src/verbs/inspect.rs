@@ -1,11 +1,9 @@
 //! `belljar inspect`.
 
-use std::os::unix::fs::MetadataExt;
-
-use belljar_node::accounting;
-use belljar_node::registry::{self, FindError, Found};
+use belljar_node::inspect;
+use belljar_node::registry::{self, FindError};
 use belljar_node::snapshots::{self, KeeperError, Stores, keeper};
-use belljar_node::state::{self, StateRoot};
+use belljar_node::state::StateRoot;
 use serde_json::{Value, json};
 
 use crate::failure::{Failure, status_of};
@@ -46,7 +44,9 @@ fn print_all(args: &Args) -> Result<u8, Failure> {
 fn describe_any(word: &str, args: &Args) -> Result<Value, Failure> {
     let root = StateRoot::locate()?;
     let unknown = match registry::find(&root, word) {
-        Ok(found) => return describe(&found),
+        Ok(found) => {
+            return serde_json::to_value(inspect::inspect(&found)).map_err(Failure::new);
+        }
         Err(unknown @ FindError::Unknown { .. }) => unknown,
         Err(other) => return Err(other.into()),
     };
@@ -94,46 +94,4 @@ fn describe_snapshot(of: &keeper::Description) -> Value {
         "template": of.has_template,
     });
     output::joined(listed, more)
-}
-
-fn describe(found: &Found) -> Result<Value, Failure> {
-    let listed = found.look();
-    let vmm = listed.state.vmm();
-    let exists = |name: &str| {
-        let path = found.dir().file(name);
-        path.exists().then_some(path)
-    };
-    let record = |name| found.dir().read_record::<Value>(name).unwrap_or_default();
-    Ok(json!({
-        "id": found.id(),
-        "state": listed.state,
-        "reason": listed.state.reason(),
-        "remedy": listed.state.remedy(found.id()),
-        "config": listed.spec,
-        "dir": found.dir().path(),
-        "owner": found.owner(),
-        "origin": record(state::ORIGIN),
-        "boot": record(state::BOOT),
-        "ended": record(state::ENDED),
-        "sockets": {
-            "api": exists(state::API_SOCKET),
-            "vsock": exists(state::VSOCK_SOCKET),
-            "console": exists(state::CONSOLE_SOCKET),
-            "control": exists(state::CONTROL_SOCKET),
-        },
-        "logs": {
-            "console": exists(state::CONSOLE_LOG),
-            "vmm": exists(state::VMM_LOG),
-        },
-        // The host's own count: nothing in the guest can falsify it.
-        "cpu_time": vmm.and_then(accounting::cpu_times),
-        "resident": vmm.and_then(accounting::resident),
-        "disk_used": disk_used(found),
-    }))
-}
-
-/// Bytes of the host's disk that the sandbox's writable disk takes.
-fn disk_used(found: &Found) -> Option<u64> {
-    let metadata = std::fs::metadata(found.dir().file(state::DISK)).ok()?;
-    Some(metadata.blocks().saturating_mul(512))
 }

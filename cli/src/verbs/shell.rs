@@ -1,8 +1,6 @@
 //! `belljar shell`.
 
-use std::ffi::OsString;
-
-use belljar_node::process::Outcome;
+use belljar_node::process::{Outcome, login_shell};
 
 use crate::failure::{Failure, status_of};
 use crate::options::BoxArg;
@@ -31,31 +29,14 @@ pub(crate) struct Args {
     sandbox: BoxArg,
 }
 
-/// Becomes the login shell of the user it runs as, in the home directory unless another was asked for. The
-/// agent sets USER and HOME.
-const LOGIN: &str = r#"shell=
-while IFS=: read -r name x x x x x program; do
-    if [ "$name" = "$USER" ]; then shell=$program; break; fi
-done 2>/dev/null </etc/passwd
-[ -n "$shell" ] && [ -x "$shell" ] || shell=/bin/sh
-[ -n "$1" ] || cd 2>/dev/null
-SHELL=$shell
-export SHELL
-exec "$shell" -l"#;
-
 /// Returns the exit status.
 pub(crate) fn shell(args: &Args) -> u8 {
     status_of(open(args))
 }
 
 fn open(args: &Args) -> Result<u8, Failure> {
-    let stays: &str = if args.options.workdir.is_some() {
-        "stays"
-    } else {
-        ""
-    };
-    let command = ["/bin/sh", "-c", LOGIN, "sh", stays].map(OsString::from);
-    let mut spec = args.options.spec(&command);
+    let mut spec = args.options.spec(&[]);
+    spec.argv = login_shell(args.options.workdir.is_some());
     spec.stdin = true;
     session::give_terminal(&mut spec);
     let ends = Ends {

@@ -135,6 +135,7 @@ fn print_ping(pinged: &guest::Pinged, format: Format) {
                 "took_us": micros(pinged.took),
                 "agent_generation": pinged.generation,
                 "worker_restarts": pinged.worker_restarts,
+                "frozen": pinged.frozen,
                 "degraded": pinged.degraded,
                 "up_us": micros(pinged.up),
                 "idle_us": pinged.idle.map(micros),
@@ -154,6 +155,9 @@ fn ping_lines(pinged: &guest::Pinged) -> String {
         pinged.generation,
         pinged.up.as_secs_f64(),
     );
+    if pinged.frozen {
+        text.push_str("programs       frozen; 'system thaw' lets them go on\n");
+    }
     if pinged.worker_restarts != 0 {
         text.push_str(&format!(
             "worker         replaced {} times\n",
@@ -179,15 +183,18 @@ mod tests {
             up: Duration::from_secs(61),
             idle: Some(Duration::from_millis(2500)),
             worker_restarts: 0,
+            frozen: false,
         };
         let text = ping_lines(&pinged);
         assert!(text.contains("in 1.5 ms") && text.contains("activity  2.5 s ago"));
         assert_eq!(text.lines().count(), 3);
         pinged.idle = None;
         pinged.worker_restarts = 2;
+        pinged.frozen = true;
         "no\x1bdrive".clone_into(&mut pinged.degraded);
         let text = ping_lines(&pinged);
         assert!(text.contains("activity  not yet") && text.contains("replaced 2 times"));
+        assert!(text.contains("system thaw"));
         assert!(text.contains("degraded") && !text.contains('\x1b'));
     }
 

@@ -80,6 +80,7 @@ fn pong(context: &Context) -> v1::Pong {
         boottime_ns: crate::boot::now_ns(),
         last_activity_ns: context.activity.load(Ordering::Relaxed),
         worker_restarts: context.config.restarts,
+        frozen: system::is_guest_frozen(),
     }
 }
 

@@ -164,7 +164,7 @@ fn start() -> io::Result<Context> {
         rustix::net::RecvFlags::empty(),
     )?;
     let config = WorkerConfig::decode(bytes.get(..got).unwrap_or_default())?;
-    system::quiet::assume(&config.user_cgroup);
+    system::assume(&config.user_cgroup);
     Ok(Context::new(listener, Holder::new(control), config))
 }
 

@@ -39,6 +39,22 @@ static THAWS: AtomicU64 = AtomicU64::new(0);
 /// A thread is still freezing the drive, though its caller may have given up.
 static FREEZER: AtomicBool = AtomicBool::new(false);
 
+/// Programs are stopped, or are being stopped.
+static PROGRAMS: AtomicBool = AtomicBool::new(false);
+
+/// For a worker that starts: what it would know had it been there when the guest was frozen.
+pub(in super::super) fn assume(user_cgroup: &str) {
+    let path = format!("{user_cgroup}/cgroup.freeze");
+    let frozen = std::fs::read(path).is_ok_and(|content| content.starts_with(b"1"));
+    PROGRAMS.store(frozen, Ordering::Relaxed);
+    quiet::assume(frozen);
+}
+
+/// Whether none can be started now.
+pub(in super::super) fn is_guest_frozen() -> bool {
+    PROGRAMS.load(Ordering::Relaxed)
+}
+
 /// Freezes; answers when all is stopped. What fails half-way is undone.
 pub(in super::super) fn freeze(context: &Context, conn: &mut Conn, call: v1::Freeze) -> Answered {
     let limit = match call.time_limit_ms {
@@ -57,6 +73,7 @@ pub(in super::super) fn freeze(context: &Context, conn: &mut Conn, call: v1::Fre
         thaws: THAWS.load(Ordering::Acquire),
     };
     context.holder.ask(Asked::Freeze(true))?;
+    PROGRAMS.store(true, Ordering::Relaxed);
     let frozen = wait_frozen(&context.config.user_cgroup, conn, &waiting)
         .and_then(|()| {
             if call.file_systems {
@@ -128,6 +145,7 @@ pub(super) fn thaw_drive(context: &Context) -> Result<(), v1::Error> {
 /// Lets programs go on.
 pub(super) fn thaw_programs(context: &Context) -> Result<(), Failure> {
     context.holder.ask(Asked::Freeze(false))?;
+    PROGRAMS.store(false, Ordering::Relaxed);
     Ok(())
 }
 

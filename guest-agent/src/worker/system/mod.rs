@@ -17,7 +17,7 @@ use crate::sys;
 use crate::wire::{from_holder::Message as Said, to_holder::Message as Asked};
 
 pub(super) use adopt::adopt;
-pub(super) use freeze::{freeze, thaw};
+pub(super) use freeze::{assume, freeze, is_guest_frozen, thaw};
 pub(super) use metrics::metrics;
 
 const BILLION: u64 = 1_000_000_000;

@@ -201,6 +201,12 @@ fn a_guest_is_frozen_thawed_set_right_and_reseeded() {
         let said = sandbox.says("exec", &["true"]);
         assert_eq!(said.code(), 125);
         said.explains(&["frozen", "belljar system thaw"]);
+        let arguments = ["debug", "state", sandbox.id(), "-o", "table"];
+        let said = sandbox.user().says(&arguments);
+        assert_eq!(said.code(), 1, "{}", said.text());
+        for part in ["programs are frozen", "belljar system thaw"] {
+            assert!(said.text().contains(part), "{}", said.text());
+        }
         // Twice is once; a new worker knows how to thaw, too.
         system(&sandbox, "freeze", flags).is(0, "");
         system(&sandbox, "thaw", &[]).is(0, "");
