@@ -163,6 +163,7 @@ impl Watched {
         while let Some(command) = out.commands.pop_front() {
             match command {
                 Command::Scan { parent, name } => self.scan(parent, &name, new, out)?,
+                Command::Compare { parent, name } => self.compare(parent, &name, out)?,
                 // It may have gone by itself.
                 Command::Unwatch(wd) => drop(inotify::remove_watch(&*self.inotify, wd)),
                 Command::CheckRoot if self.is_replaced() => tell(Told {
@@ -214,6 +215,21 @@ impl Watched {
         if self.tree.added(parent, name, wd, out) {
             self.list(&folder, wd, new, out)?;
         }
+        Ok(())
+    }
+
+    /// Sees which watch is that of the directory at a place.
+    fn compare(&mut self, parent: i32, name: &[u8], out: &mut Out) -> Result<(), Errno> {
+        let path = [self.spec.path.as_slice(), &self.tree.path(parent, name)].join(&b'/');
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let wd = match rustix::fs::open(path, flags, Mode::empty()) {
+            Ok(folder) => match add_watch(&self.inotify, folder.as_fd(), in_directory()) {
+                Err(Errno::ACCESS | Errno::PERM) => None,
+                other => Some(other?),
+            },
+            Err(_) => None,
+        };
+        self.tree.is_at(parent, name, wd, out);
         Ok(())
     }
 

@@ -65,6 +65,11 @@ pub(super) enum Command {
         parent: i32,
         name: Name,
     },
+    /// Watch what is at this place and say with [`Tree::is_at`] which watch that is, if it is a directory.
+    Compare {
+        parent: i32,
+        name: Name,
+    },
     Unwatch(i32),
     /// See whether the watched file is still the one at its path.
     CheckRoot,
@@ -125,6 +130,9 @@ pub(super) struct Tree {
     /// Directories that were not at their path when they were to be scanned: they, or one above them, have
     /// moved, and that is yet to be told.
     missed: HashSet<Place>,
+    /// Directories that were found at their path while events from before were still under way, and whether one
+    /// of those moved them: it may have meant another that had the same path before.
+    fresh: HashMap<i32, bool>,
     /// Directories that are watched no more, although nobody has said yet that they are removed.
     dying: Vec<(i32, Duration)>,
 }
@@ -144,6 +152,7 @@ impl Tree {
             announced: HashSet::new(),
             writing: HashMap::new(),
             missed: HashSet::new(),
+            fresh: HashMap::new(),
             dying: Vec::new(),
         }
     }
@@ -193,6 +202,7 @@ impl Tree {
             children: HashMap::new(),
         };
         self.nodes.insert(wd, node);
+        self.fresh.insert(wd, false);
         if let Some(parent) = self.nodes.get_mut(&parent) {
             parent.children.insert(name.to_vec(), wd);
         }
@@ -237,7 +247,22 @@ impl Tree {
     /// Every event that was queued when the last scan ended has been taken.
     pub(super) fn drained(&mut self, out: &mut Out) {
         self.announced = HashSet::new();
+        for (wd, has_moved) in std::mem::take(&mut self.fresh) {
+            let place = self.nodes.get(&wd).and_then(|node| node.place.clone());
+            if let (true, Some((parent, name))) = (has_moved, place) {
+                out.commands.push_back(Command::Compare { parent, name });
+            }
+        }
         self.look_again(out);
+    }
+
+    /// Which directory is at a place really.
+    pub(super) fn is_at(&mut self, parent: i32, name: &[u8], wd: Option<i32>, out: &mut Out) {
+        if self.child(&(parent, name.to_vec())) != wd {
+            out.commands.push_back(Command::StartAnew(
+                "directories changed names while they were looked at",
+            ));
+        }
     }
 
     /// Paths are other ones now.
@@ -519,6 +544,9 @@ impl Tree {
         }
         if let Some(node) = self.nodes.get_mut(&wd) {
             node.place = Some(to);
+        }
+        if let Some(has_moved) = self.fresh.get_mut(&wd) {
+            *has_moved = true;
         }
     }
 

@@ -217,6 +217,13 @@ impl Model {
         while let Some(command) = out.commands.pop_front() {
             match command {
                 Command::Scan { parent, name } => self.scan(parent, &name, tell, &mut out),
+                Command::Compare { parent, name } => {
+                    let path = String::from_utf8(self.tree.path(parent, &name)).unwrap();
+                    let at = self.inode(&path);
+                    let at = at.filter(|at| self.inodes[*at].entries.is_some());
+                    let wd = at.map(|at| self.watch(at));
+                    self.tree.is_at(parent, &name, wd, &mut out);
+                }
                 Command::Unwatch(wd) => {
                     for at in 0..self.inodes.len() {
                         if self.inodes[at].wd == Some(wd) {
@@ -242,17 +249,21 @@ impl Model {
         if self.inodes[at].entries.is_none() {
             return self.tree.missed(parent, name, out);
         }
-        let wd = self.inodes[at].wd.unwrap_or_else(|| {
-            self.next_wd += 1;
-            self.next_wd
-        });
-        self.inodes[at].wd = Some(wd);
+        let wd = self.watch(at);
         if self.tree.added(parent, name, wd, out) {
             for (name, child) in self.inodes[at].entries.clone().unwrap() {
                 let directory = self.inodes[child].entries.is_some();
                 self.tree.found(wd, name.as_bytes(), directory, tell, out);
             }
         }
+    }
+
+    fn watch(&mut self, at: usize) -> i32 {
+        let next = &mut self.next_wd;
+        *self.inodes[at].wd.get_or_insert_with(|| {
+            *next += 1;
+            *next
+        })
     }
 
     fn apply(&mut self, told: Told) {
@@ -339,6 +350,24 @@ fn op() -> impl Strategy<Value = Op> {
         3 => (path(), path()).prop_map(|(from, to)| Op::Rename(from, to)),
         3 => (0..6_usize).prop_map(Op::Look),
     ]
+}
+
+#[test]
+fn a_directory_that_took_the_place_of_one_that_moved_is_not_taken_for_it() {
+    let mut model = Model::new();
+    model.create("b", true);
+    model.create("a", false);
+    model.rename("b", "c");
+    model.create("b", true);
+    // The first creation is looked at only now: the second directory is found at its path.
+    model.step(true);
+    model.rename("b", "c/a");
+    model.settle();
+    assert!(
+        model.anew || model.view == model.truth(),
+        "{:?}",
+        model.told
+    );
 }
 
 proptest! {
