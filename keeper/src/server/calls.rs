@@ -20,6 +20,8 @@ use crate::v1::{self, error::Code, reply::Result as Answer, request::Call};
 
 /// Longest state of a VMM, and longest record of a sandbox.
 const SMALL: usize = 4 << 20;
+/// Snapshots that are said to stay, at most: a message has an end.
+const MAX_KEPT: usize = 1000;
 /// Room that is left when everything else fits.
 const RESERVE: u64 = 16 << 20;
 
@@ -45,7 +47,7 @@ pub(super) fn answer(
             plain(Answer::Done(v1::Done {}))
         }
         Call::Mark(call) => mark(shared, call),
-        Call::Usage(_) => usage(shared),
+        Call::Usage(_) => usage(shared, meanwhile),
         Call::Verify(_) => verify(shared, meanwhile),
         Call::Collect(call) => collect(shared, &call),
         Call::SetBudget(call) => {
@@ -222,7 +224,8 @@ fn template(
     shared
         .templates
         .get_or_fill(reader.manifest().id, part, |file| {
-            let (free, wanted) = (shared.templates.free_bytes(), data.saturating_add(RESERVE));
+            let wanted = data.saturating_add(RESERVE);
+            let free = shared.templates.make_room(wanted);
             if free < wanted {
                 return Err(Refused(refusal(
                     Code::NoSpace,
@@ -264,6 +267,8 @@ fn settle_later(shared: &Arc<Shared>, id: SnapshotId) {
 
 fn mark(shared: &Shared, call: v1::Mark) -> Answered {
     let id = find(shared, &call.snapshot)?;
+    // Labels are read, changed and written.
+    let _turn = super::locked(&shared.marking);
     if !call.labels.is_empty() {
         let mut labels = listed(shared, id)?
             .map(|snapshot| snapshot.labels)
@@ -296,8 +301,19 @@ fn problems(shared: &Shared) -> Vec<String> {
         .collect()
 }
 
-fn usage(shared: &Shared) -> Answered {
+fn usage(shared: &Shared, meanwhile: &mut dyn FnMut(Answer) -> bool) -> Answered {
     let usage = shared.store.usage()?;
+    // One by one: there may be more of them than fit into a message.
+    for of in usage.snapshots {
+        let item = v1::Snapshot {
+            stored_bytes: of.stored_bytes,
+            unique_bytes: of.unique_bytes,
+            ..snapshot(of.snapshot)
+        };
+        if !meanwhile(Answer::Item(item)) {
+            break;
+        }
+    }
     let answer = v1::Usage {
         packs: usage.packs,
         pack_bytes: usage.pack_bytes,
@@ -305,15 +321,7 @@ fn usage(shared: &Shared) -> Answered {
         manifest_bytes: usage.manifest_bytes,
         trash_bytes: usage.trash_bytes,
         budget: usage.budget,
-        snapshots: usage
-            .snapshots
-            .into_iter()
-            .map(|of| v1::Snapshot {
-                stored_bytes: of.stored_bytes,
-                unique_bytes: of.unique_bytes,
-                ..snapshot(of.snapshot)
-            })
-            .collect(),
+        snapshots: Vec::new(),
         template_bytes: shared.templates.bytes(),
         template_budget: shared.templates.budget,
         problems: problems(shared),
@@ -354,7 +362,7 @@ fn collect(shared: &Shared, call: &v1::Collect) -> Answered {
         answer.suffices = evicted.suffices();
         answer.bytes_then = evicted.bytes_then;
         answer.evicted = evicted.removed.iter().map(ToString::to_string).collect();
-        let kept = evicted.kept.into_iter();
+        let kept = evicted.kept.into_iter().take(MAX_KEPT);
         answer.kept = kept.map(|(id, why)| (id.to_string(), why)).collect();
         if !call.dry_run {
             for id in evicted.removed {

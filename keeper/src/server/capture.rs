@@ -82,8 +82,8 @@ pub(super) struct Files {
 
 /// Makes the files, if there is room for what will be in them.
 pub(super) fn files(shared: &Shared, begin: &v1::Begin) -> Result<Files, v1::Error> {
-    let free = shared.templates.free_bytes();
     let wanted = begin.expected_bytes.saturating_add(RESERVE);
+    let free = shared.templates.make_room(wanted);
     if free < wanted {
         return Err(refusal(
             Code::NoSpace,
@@ -144,6 +144,7 @@ pub(super) fn keep(
     let (sender, receiver) = mpsc::channel();
     let carry_out = move || {
         let shared = busy.shared();
+        let ending = Ending(Arc::clone(shared), id);
         let outcome = store_all(writer, &files, &keep).map(|stored| v1::Kept {
             id: id.to_string(),
             data_bytes: stored.data_bytes,
@@ -156,7 +157,7 @@ pub(super) fn keep(
             Err(error) => log::line(&format!("snapshot {id} is lost: {}", error.message)),
         }
         let kept = outcome.is_ok();
-        shared.captures.end(id);
+        drop(ending);
         // Whoever asked may have gone.
         let _ = sender.send(outcome);
         if kept {
@@ -171,6 +172,15 @@ pub(super) fn keep(
         return Err(io_error("start a thread")(error));
     }
     Ok((id, receiver))
+}
+
+/// A capture that is under way until this is dropped, also by a panic.
+struct Ending(Arc<Shared>, SnapshotId);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.0.captures.end(self.1);
+    }
 }
 
 /// What was captured is just what a restore needs, unless it is only a part.

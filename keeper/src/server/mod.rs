@@ -53,6 +53,8 @@ pub(crate) struct Shared {
     pub(crate) templates: templates::Templates,
     pub(crate) captures: capture::Captures,
     pub(crate) digests: digests::Digests,
+    /// Held while what is said about a snapshot is changed.
+    pub(crate) marking: Mutex<()>,
     busy: AtomicUsize,
 }
 
@@ -152,6 +154,7 @@ fn serve() -> Result<(), ServerError> {
         templates,
         captures: capture::Captures::default(),
         digests: digests::Digests::load(Path::new("digests")),
+        marking: Mutex::default(),
         busy: AtomicUsize::new(0),
     });
     let _ = std::fs::remove_file(SOCKET);

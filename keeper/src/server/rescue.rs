@@ -1,8 +1,8 @@
 //! A sandbox that is held still for a capture goes on, whatever becomes of who is capturing it.
 
 use std::fs::File;
-use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -14,12 +14,18 @@ use super::log;
 
 /// For each step.
 const LIMIT: Duration = Duration::from_secs(20);
+/// A capture has written everything within this time, and a little.
+const PATIENCE: Duration = Duration::from_secs(330);
+/// Between two attempts.
+const RETRY: Duration = Duration::from_millis(500);
 
 /// A sandbox that may be paused and frozen.
 #[derive(Debug)]
 pub(super) struct Held {
     pub(super) dir: PathBuf,
     pub(super) was_paused: bool,
+    /// A share of the lock that keeps others from capturing, resuming or resetting it meanwhile.
+    pub(super) _turn: Option<OwnedFd>,
 }
 
 impl Held {
@@ -29,13 +35,16 @@ impl Held {
             return;
         };
         let near = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()));
-        let resumed = set_state(&near, "Resumed");
-        let deadline = Instant::now() + LIMIT;
-        let thawed = hybrid::connect(&near.join("v.sock"), AGENT_PORT, deadline)
-            .map_err(|error| error.to_string())
-            .and_then(|stream| {
-                system::thaw(stream, Some(deadline)).map_err(|error| error.to_string())
-            });
+        // A VMM that is still writing out RAM answers when it has done so.
+        let give_up = Instant::now() + PATIENCE;
+        let (resumed, thawed) = loop {
+            let resumed = set_state(&near, "Resumed");
+            let thawed = thaw(&near);
+            if thawed.is_ok() || Instant::now() >= give_up || is_gone(&near) {
+                break (resumed, thawed);
+            }
+            std::thread::sleep(RETRY);
+        };
         if self.was_paused {
             let _ = set_state(&near, "Paused");
         }
@@ -44,6 +53,24 @@ impl Held {
             self.dir.display()
         ));
     }
+}
+
+fn thaw(dir: &Path) -> Result<(), String> {
+    let deadline = Instant::now() + LIMIT;
+    let stream = hybrid::connect(&dir.join("v.sock"), AGENT_PORT, deadline)
+        .map_err(|error| error.to_string())?;
+    system::thaw(stream, Some(deadline)).map_err(|error| error.to_string())
+}
+
+/// Nobody listens at the VMM's API.
+fn is_gone(dir: &Path) -> bool {
+    let connected = UnixStream::connect(dir.join("api.sock"));
+    connected.is_err_and(|error| {
+        matches!(
+            error.kind(),
+            ErrorKind::NotFound | ErrorKind::ConnectionRefused
+        )
+    })
 }
 
 /// `PATCH /vm` of the VMM's API.

@@ -10,7 +10,8 @@ use super::rescue::Held;
 use super::{Busy, calls, capture, log};
 use crate::VERSION;
 use crate::v1::{self, error::Code, reply::Result as Answer, request::Call};
-use crate::wire::{Connection, WireError};
+use crate::wire::{Connection, MAX_MESSAGE, WireError};
+use prost::Message as _;
 
 /// Whoever does not take an answer within this time has gone.
 const WRITE_LIMIT: Duration = Duration::from_secs(30);
@@ -87,6 +88,14 @@ impl Session {
             descriptors: u32::try_from(borrowed.len()).unwrap_or(u32::MAX),
             result: Some(answer),
         };
+        if reply.encoded_len() > MAX_MESSAGE {
+            let message = "the answer is longer than a message can be";
+            let reply = v1::Reply {
+                descriptors: 0,
+                result: Some(Answer::Error(refusal(Code::Failed, message))),
+            };
+            return self.connection.send(&reply, &[]);
+        }
         self.connection.send(&reply, &borrowed)
     }
 
@@ -95,7 +104,7 @@ impl Session {
         let done = || Ok((Answer::Done(v1::Done {}), Vec::new()));
         match call {
             Call::Ping(_) => done(),
-            Call::Begin(begin) => self.begin(&begin),
+            Call::Begin(begin) => self.begin(&begin, descriptors.into_iter().next()),
             Call::Settle(_) => {
                 self.held = None;
                 done()
@@ -108,7 +117,7 @@ impl Session {
         }
     }
 
-    fn begin(&mut self, begin: &v1::Begin) -> Answered {
+    fn begin(&mut self, begin: &v1::Begin, turn: Option<OwnedFd>) -> Answered {
         let files = capture::files(self.busy.shared(), begin)?;
         let clone = |file: &std::fs::File| {
             let again = file.try_clone().map(OwnedFd::from);
@@ -128,6 +137,7 @@ impl Session {
             self.held = Some(Held {
                 dir: PathBuf::from(&begin.sandbox_dir),
                 was_paused: begin.was_paused,
+                _turn: turn,
             });
         }
         let begun = v1::Begun {

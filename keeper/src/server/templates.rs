@@ -154,6 +154,17 @@ impl Templates {
         gone
     }
 
+    /// Removes the longest unused until so many bytes can be written, or none is left. Returns how many can.
+    pub(super) fn make_room(&self, wanted: u64) -> u64 {
+        let free = self.free_bytes();
+        if free >= wanted {
+            return free;
+        }
+        let missing = wanted.saturating_sub(free);
+        self.shrink(self.bytes().saturating_sub(missing));
+        self.free_bytes()
+    }
+
     fn files(&self) -> Vec<(SystemTime, u64, PathBuf)> {
         let Ok(entries) = std::fs::read_dir(&self.dir) else {
             return Vec::new();

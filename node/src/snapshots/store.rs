@@ -21,9 +21,12 @@ pub struct Stores {
 /// # Errors
 /// The state directory cannot be read.
 pub fn live(root: &StateRoot) -> Result<Vec<String>, StateError> {
-    let all = registry::list(root)?.into_iter();
-    let origins = all.filter_map(|listed| Origin::of(&listed.found).ok()?.snapshot);
-    Ok(origins.collect())
+    let mut live = Vec::new();
+    for listed in registry::list(root)? {
+        // One that cannot be read may come from any of them.
+        live.extend(Origin::of(&listed.found)?.snapshot);
+    }
+    Ok(live)
 }
 
 macro_rules! ask {
@@ -122,7 +125,15 @@ impl Stores {
     /// The store cannot be read.
     pub fn usage(&mut self) -> Result<keeper::Usage, KeeperError> {
         let call = Call::Usage(keeper::GetUsage {});
-        ask!(self, call, &[], |_| {}, Answer::Usage(usage) => usage)
+        let mut all = Vec::new();
+        let mut collect = |answer| {
+            if let Answer::Item(snapshot) = answer {
+                all.push(snapshot);
+            }
+        };
+        let mut usage = ask!(self, call, &[], &mut collect, Answer::Usage(usage) => usage)?;
+        usage.snapshots.append(&mut all);
+        Ok(usage)
     }
 
     /// Reads everything and compares it with its name. Progress counts packs.
