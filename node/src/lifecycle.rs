@@ -1,5 +1,6 @@
 //! What is done to a sandbox from outside, by whoever finds it: start, stop, pause, resume, remove.
 
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -30,7 +31,7 @@ pub enum LifeError {
     Already { id: String, state: State },
     #[error("sandbox {id} is {}", state.word())]
     WrongState { id: String, state: State },
-    #[error("sandbox {0}: somebody else is starting, stopping or removing it")]
+    #[error("sandbox {0}: somebody else is starting, stopping, removing or saving it")]
     Busy(String),
     #[error("sandbox {0} goes away with its guest, and cannot be started again")]
     Ephemeral(String),
@@ -199,7 +200,8 @@ pub fn stop(found: &Found, how: Stop) -> Result<Stopped, LifeError> {
     let mut in_order = false;
     if how.ask {
         if matches!(state, State::Paused(_)) {
-            let _ = resume(found);
+            // Whoever holds it still for a snapshot learns that it went on.
+            let _ = set_running(found);
         }
         in_order = ask_to_end(found, &process, how);
     }
@@ -309,16 +311,34 @@ pub fn remove(found: &Found, force: bool) -> Result<(), LifeError> {
 /// Stops the vCPUs.
 ///
 /// # Errors
-/// It does not run, or its VMM refuses.
+/// It does not run, its VMM refuses, or a snapshot of it is being taken.
 pub fn pause(found: &Found) -> Result<(), LifeError> {
-    set_state(found, br#"{"state":"Paused"}"#)
+    let _turn = turn(found)?;
+    set_paused(found)
 }
 
 /// Lets the vCPUs go on.
 ///
 /// # Errors
-/// It does not run, or its VMM refuses.
+/// It does not run, its VMM refuses, or a snapshot of it is being taken.
 pub fn resume(found: &Found) -> Result<(), LifeError> {
+    let _turn = turn(found)?;
+    set_running(found)
+}
+
+/// A guest that is held still for a snapshot must stay so.
+fn turn(found: &Found) -> Result<File, LifeError> {
+    let turn = found.dir().capture_turn(PAUSE_PATIENCE)?;
+    turn.ok_or_else(|| LifeError::Busy(found.called()))
+}
+
+/// Stops the vCPUs, for whoever holds the sandbox's capture lock.
+pub(crate) fn set_paused(found: &Found) -> Result<(), LifeError> {
+    set_state(found, br#"{"state":"Paused"}"#)
+}
+
+/// Lets the vCPUs go on, for whoever holds the sandbox's capture lock.
+pub(crate) fn set_running(found: &Found) -> Result<(), LifeError> {
     set_state(found, br#"{"state":"Resumed"}"#)
 }
 

@@ -128,7 +128,16 @@ impl From<'_> {
             assets: &assets,
             limits,
         };
-        Ok(snapshots::restore(host, &source, clone, stages)?)
+        let sandbox = snapshots::restore(host, &source, clone, stages)?;
+        warn(&sandbox);
+        Ok(sandbox)
+    }
+}
+
+/// What the restored guest could not be told.
+fn warn(sandbox: &Sandbox) {
+    for warning in sandbox.warnings() {
+        report::note(&format!("the guest goes on, but {warning}"));
     }
 }
 
@@ -193,6 +202,7 @@ fn go_back(args: &ResetArgs, stages: &mut Stages) -> Result<u8, Failure> {
     let keeper = args.keeper.keeper(&root);
     let (snapshot, image) = (args.snapshot.as_deref(), args.image.clone());
     let sandbox = snapshots::reset(host, &keeper, &found, snapshot, image, stages)?;
+    warn(&sandbox);
     let dir = sandbox.release()?;
     output::print(&format!("{}\n", dir.id()));
     Ok(0)

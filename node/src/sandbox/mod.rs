@@ -61,6 +61,8 @@ pub struct Sandbox {
     /// Shared with the supervisor; for when it is killed and this process has to clean up.
     _lock: File,
     ready: v1::Ready,
+    /// What a restored guest could not be told.
+    warnings: Vec<String>,
     life: Life,
     finished: bool,
 }
@@ -170,6 +172,7 @@ impl Sandbox {
             ended: None,
             _lock: lock,
             ready: v1::Ready::default(),
+            warnings: Vec::new(),
             life,
             finished: false,
         })
@@ -420,6 +423,22 @@ impl Sandbox {
         }
         self.finished = true;
         Ok(self.dir.clone())
+    }
+
+    /// What did not work out when it was restored, and did not stop it.
+    #[must_use]
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// From now on it stays when its guest has ended, after a power failure too.
+    ///
+    /// # Errors
+    /// Its directory cannot be written.
+    pub(crate) fn keep(&mut self, spec: &SandboxSpec) -> Result<(), state::StateError> {
+        self.dir.write_record_durably(state::CONFIG, spec)?;
+        self.life = spec.life;
+        Ok(())
     }
 
     /// Kills the VMM if it still runs, and removes everything that is not to stay. Returns how it ended, if

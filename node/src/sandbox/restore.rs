@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, Instant};
 
 use belljar_protocol::client::system::Adoption;
@@ -9,9 +10,9 @@ use belljar_protocol::{AGENT_PORT, GENERATION, v1};
 use serde_json::json;
 
 use super::{BootError, BootRecord, Limits, Programs, Sandbox, plan};
-use crate::snapshots::{Origin, Source};
+use crate::snapshots::{Loaded, Origin, Source};
 use crate::stages::Stages;
-use crate::state::spec::SandboxSpec;
+use crate::state::spec::{Life, SandboxSpec};
 use crate::state::{self, SandboxDir, StateError};
 use crate::{disk, supervisor, vmm};
 
@@ -92,6 +93,12 @@ impl Sandbox {
                     .unwrap_or_else(|| error.into()));
             }
         }
+        if let Some(snapshot) = &source.snapshot {
+            let loaded = Loaded {
+                snapshot: snapshot.clone(),
+            };
+            self.dir.write_record(state::LOADED, &loaded)?;
+        }
         stages.mark("loaded");
         if let Some(control) = &mut self.control {
             supervisor::attach_console(control).map_err(|source| BootError::Supervisor {
@@ -133,10 +140,11 @@ impl Sandbox {
             .map_err(|error| BootError::NotAdopted(error.to_string()))?;
         stages.mark("thawed");
         self.ready.generation = GENERATION;
-        match adopted.failed.as_slice() {
-            [] => Ok(()),
-            failed => Err(BootError::NotAdopted(failed.join("; "))),
+        // It draws its own numbers, or it would not have been adopted; anything else it can be told again.
+        for failed in adopted.failed {
+            self.warnings.push(failed);
         }
+        Ok(())
     }
 }
 
@@ -193,29 +201,45 @@ fn random(count: usize) -> Result<Vec<u8>, BootError> {
 }
 
 impl Source {
-    /// Puts into a new sandbox's directory what a clone needs.
-    pub(crate) fn fill(&self, dir: &SandboxDir) -> Result<(), BootError> {
-        let failed = |what| {
-            let path = dir.file(state::DISK);
-            move |source| BootError::State(StateError::Io { what, path, source })
+    /// Puts into a new sandbox's directory what a clone needs. One that stays has it after a power failure too.
+    pub(crate) fn fill(&self, dir: &SandboxDir, life: Life) -> Result<(), BootError> {
+        self.prepare(dir, life == Life::Persistent)?;
+        self.install(dir, life == Life::Persistent)
+    }
+
+    /// Copies the disk beside the one that there may be.
+    pub(crate) fn prepare(&self, dir: &SandboxDir, durably: bool) -> Result<(), BootError> {
+        let Some(shared) = &self.disk else {
+            return Ok(());
         };
-        if let Some(shared) = &self.disk {
-            // A disk that was there before is replaced, never changed.
-            let path = dir.file(state::DISK);
-            match std::fs::remove_file(&path) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(failed("remove")(error));
-                }
-                _ => {}
-            }
+        let path = dir.file(state::NEW_DISK);
+        // A copy that was not finished.
+        let _ = std::fs::remove_file(&path);
+        let copied = || {
             let own = File::options()
                 .read(true)
                 .write(true)
                 .create_new(true)
-                .open(&path)
-                .map_err(failed("make"))?;
-            let shared = opened_anew(shared).map_err(failed("copy the snapshot's disk to"))?;
-            disk::copy_into(shared, own).map_err(failed("copy the snapshot's disk to"))?;
+                .mode(0o600)
+                .open(&path)?;
+            disk::copy_into(opened_anew(shared)?, own.try_clone()?)?;
+            if durably { own.sync_all() } else { Ok(()) }
+        };
+        copied().map_err(|source| {
+            let _ = std::fs::remove_file(&path);
+            let what = "copy the snapshot's disk to";
+            BootError::State(StateError::Io { what, path, source })
+        })
+    }
+
+    /// Puts the prepared disk in its place, and says where the sandbox comes from.
+    pub(crate) fn install(&self, dir: &SandboxDir, durably: bool) -> Result<(), BootError> {
+        if self.disk.is_some() {
+            let path = dir.file(state::DISK);
+            std::fs::rename(dir.file(state::NEW_DISK), &path).map_err(|source| {
+                let what = "replace";
+                BootError::State(StateError::Io { what, path, source })
+            })?;
         }
         let machine_id = random(16)?;
         let machine_id = machine_id
@@ -223,7 +247,11 @@ impl Source {
             .map(|byte| format!("{byte:02x}"))
             .collect();
         let origin = Origin::next(&self.saved, self.snapshot.clone(), machine_id);
-        dir.write_record(state::ORIGIN, &origin)?;
+        if durably {
+            dir.write_record_durably(state::ORIGIN, &origin)?;
+        } else {
+            dir.write_record(state::ORIGIN, &origin)?;
+        }
         Ok(())
     }
 

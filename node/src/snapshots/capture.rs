@@ -9,11 +9,10 @@ use std::time::{Duration, Instant};
 use belljar_keeper::client::{Client, Keeper, KeeperError};
 use belljar_keeper::v1::{self as keeper, reply::Result as Answer, request::Call};
 use belljar_protocol::client::system;
-use rustix::fs::FlockOperation;
 
 use super::SnapshotError;
 use super::error::io_failed;
-use super::saved::{Saved, base_files};
+use super::saved::{Loaded, Saved, base_files};
 use crate::disk::copy_into;
 use crate::lifecycle;
 use crate::registry::{Found, State};
@@ -156,6 +155,11 @@ fn base_images(spec: &SandboxSpec) -> BTreeMap<String, String> {
 /// Writes a sandbox down into files of the keeper, which vanish unless somebody keeps them.
 pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Image, SnapshotError> {
     let disk_only = what == What::Disk;
+    // What is read before it is this one's turn may be what another capture made of the sandbox.
+    let turn = found.dir().capture_turn(TURN_LIMIT)?;
+    let Some(turn) = turn else {
+        return Err(SnapshotError::Busy(found.called()));
+    };
     let spec = found.spec()?;
     let look = found.state();
     let (Some(spec), true) = (spec, look.is_up()) else {
@@ -170,13 +174,16 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
             drive: drive.path.display().to_string(),
         });
     }
-    let _turn = turn(found)?;
+    if disk_only && spec.disk.is_none() {
+        return Err(SnapshotError::NoDisk(found.called()));
+    }
     let was_paused = matches!(look, State::Paused(_));
     let saved = Saved::of(found, spec)?;
     let spec = &saved.spec;
     let begin = keeper::Begin {
         base: match what {
-            What::Increment => saved.parent.clone().unwrap_or_default(),
+            // Only of what this very guest was loaded from: it may have been booted since.
+            What::Increment => Loaded::of(found)?.unwrap_or_default(),
             What::Disk | What::Whole => String::new(),
         },
         memory_bytes: if disk_only { 0 } else { spec.memory },
@@ -185,7 +192,9 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
         sandbox_dir: found.dir().path().to_string_lossy().into_owned(),
         was_paused,
     };
-    let (answer, files) = client.call(Call::Begin(begin), &[], |_| {})?;
+    // The keeper has a share of the lock: should this process go, nobody else may begin before the keeper has
+    // let the guest go on.
+    let (answer, files) = client.call(Call::Begin(begin), &[turn.as_fd()], |_| {})?;
     let mut files = files.into_iter().map(File::from);
     let (Answer::Begun(begun), Some(state)) = (answer, files.next()) else {
         return Err(KeeperError::Unexpected.into());
@@ -196,16 +205,25 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
     };
     let memory = next(!disk_only)?;
     let disk = next(spec.disk.is_some())?;
+    let failed = || io_failed("copy the sandbox's disk");
+    let own = disk
+        .as_ref()
+        .map(|_| File::open(found.dir().file(state::DISK)));
+    let own = own.transpose().map_err(failed())?;
     let mut hold = Hold::new(found, was_paused);
     hold.freeze(disk_only)?;
     if let Some(memory) = &memory {
         hold.pause()?;
         create(found, &state, memory, begun.has_base)?;
     }
-    if let Some(disk) = &disk {
-        let failed = || io_failed("copy the sandbox's disk");
-        let own = File::open(found.dir().file(state::DISK)).map_err(failed())?;
+    if let (Some(own), Some(disk)) = (own, &disk) {
         copy_into(own, disk.try_clone().map_err(failed())?).map_err(failed())?;
+    }
+    // Both are of one instant only if the same guest stood still until now.
+    let now = found.state();
+    let stood_still = matches!(now, State::Paused(_)) || (memory.is_none() && now.is_up());
+    if now.vmm() != look.vmm() || !stood_still {
+        return Err(SnapshotError::Disturbed(found.called()));
     }
     let (frozen, paused) = hold.let_go()?;
     client.call(Call::Settle(keeper::Settle {}), &[], |_| {})?;
@@ -232,29 +250,6 @@ fn expected_bytes(found: &Found, look: &State, spec: &SandboxSpec, disk_only: bo
     let disk = std::fs::metadata(found.dir().file(state::DISK));
     let disk = disk.map_or(0, |disk| disk.blocks().saturating_mul(512));
     memory.saturating_add(disk).saturating_add(STATE_BYTES)
-}
-
-/// One capture of a sandbox at a time.
-fn turn(found: &Found) -> Result<File, SnapshotError> {
-    let path = found.dir().file(state::CAPTURE);
-    let failed = || io_failed("lock the sandbox for a capture");
-    let lock = File::options()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(path)
-        .map_err(failed())?;
-    let deadline = Instant::now() + TURN_LIMIT;
-    loop {
-        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(lock),
-            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(SnapshotError::Busy(found.called())),
-            Err(errno) => return Err(failed()(errno.into())),
-        }
-    }
 }
 
 /// Has the VMM write state and RAM into two files.
@@ -304,7 +299,7 @@ impl<'a> Hold<'a> {
     /// Stops the guest's programs. A paused guest has to run for a moment to do so.
     fn freeze(&mut self, file_systems: bool) -> Result<(), SnapshotError> {
         if self.was_paused {
-            lifecycle::resume(self.found)?;
+            lifecycle::set_running(self.found)?;
         }
         self.frozen = Some(Instant::now());
         let limit = if file_systems {
@@ -324,7 +319,7 @@ impl<'a> Hold<'a> {
 
     fn pause(&mut self) -> Result<(), SnapshotError> {
         self.paused = Some(Instant::now());
-        Ok(lifecycle::pause(self.found)?)
+        Ok(lifecycle::set_paused(self.found)?)
     }
 
     /// Lets it go on; returns how long programs and processors stood still.
@@ -332,14 +327,14 @@ impl<'a> Hold<'a> {
         let took = |since: Option<Instant>| since.map_or(Duration::ZERO, |since| since.elapsed());
         let mut paused = Duration::ZERO;
         if self.paused.is_some() {
-            lifecycle::resume(self.found)?;
+            lifecycle::set_running(self.found)?;
             paused = took(self.paused.take());
         }
         let frozen = self.frozen;
         self.thaw()?;
         let frozen = took(frozen);
         if self.was_paused {
-            lifecycle::pause(self.found)?;
+            lifecycle::set_paused(self.found)?;
         }
         Ok((frozen, paused))
     }
@@ -362,12 +357,12 @@ impl<'a> Hold<'a> {
 impl Drop for Hold<'_> {
     fn drop(&mut self) {
         if self.paused.take().is_some() {
-            let _ = lifecycle::resume(self.found);
+            let _ = lifecycle::set_running(self.found);
         }
         if self.frozen.is_some() {
             let _ = self.thaw();
             if self.was_paused {
-                let _ = lifecycle::pause(self.found);
+                let _ = lifecycle::set_paused(self.found);
             }
         }
     }

@@ -41,6 +41,10 @@ pub enum SnapshotError {
     NoOrigin(String),
     #[error("somebody else is taking a snapshot of sandbox {0}")]
     Busy(String),
+    #[error("sandbox {0} has no disk")]
+    NoDisk(String),
+    #[error("sandbox {0} was resumed, stopped or restarted while the snapshot was taken")]
+    Disturbed(String),
     #[error(
         "sandbox {id} has the writable drive '{drive}', which does not belong to it alone: a clone would share it"
     )]
@@ -76,7 +80,8 @@ impl SnapshotError {
             },
             Self::Api { id, .. } => return Some(format!("'belljar debug log {id}' tells more")),
             Self::Io { .. } => "check the space below the state directory (BELLJAR_STATE)",
-            Self::Busy(_) => "try again",
+            Self::Busy(_) | Self::Disturbed(_) => "try again",
+            Self::NoDisk(_) => "leave out --disk-only: its memory is all there is",
             Self::Owned(_) => "'belljar restore' makes another one from a snapshot",
             Self::NoOrigin(_) => "name a snapshot; 'belljar snapshots' lists them",
             Self::WritableDrive { .. } => {

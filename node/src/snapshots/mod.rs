@@ -20,6 +20,7 @@ pub use error::SnapshotError;
 pub use fork::{Fork, Forked, fork};
 pub use reset::reset;
 pub use restore::{Host, NewClone, Source, check, restore};
+pub(crate) use saved::Loaded;
 pub use saved::{Origin, Saved};
 pub use store::{Stores, live};
 

@@ -1,5 +1,6 @@
 //! A sandbox goes back to a snapshot: name, id and directory stay, guest and disk are the snapshot's.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use crate::registry::Found;
 use crate::sandbox::Sandbox;
 use crate::stages::Stages;
 use crate::state;
-use crate::state::spec::Life;
+use crate::state::spec::{Life, SandboxSpec};
 
 /// A supervisor writes down an end and leaves within this time.
 const LOCK_LIMIT: Duration = Duration::from_secs(15);
@@ -50,19 +51,18 @@ pub fn reset(
     let mut restored = source.spec(&clone)?;
     restored.created_ms = spec.created_ms;
     let dir = found.dir();
-    // While nobody runs it, it must not go away.
-    let mut kept = spec.clone();
-    kept.life = Life::Persistent;
-    dir.write_record_durably(state::CONFIG, &kept)?;
-    if found.state().vmm().is_some() {
-        lifecycle::stop(found, Stop::FORCE)?;
-    }
-    let Some(lock) = dir.lock_within(LOCK_LIMIT)? else {
-        return Err(LifeError::Busy(id).into());
+    // The copy, which can fail and takes its time, is made while all is as it was.
+    source.prepare(dir, true)?;
+    let lock = match stopped(found, &spec) {
+        Ok(lock) => lock,
+        Err(error) => {
+            let _ = std::fs::remove_file(dir.file(state::NEW_DISK));
+            return Err(error);
+        }
     };
     stages.mark("stopped");
     dir.forget_last_run()?;
-    source.fill(dir)?;
+    source.install(dir, true)?;
     restored.life = Life::Persistent;
     dir.write_record_durably(state::CONFIG, &restored)?;
     stages.mark("prepared");
@@ -71,4 +71,28 @@ pub fn reset(
     restored.life = spec.life;
     dir.write_record(state::CONFIG, &restored)?;
     Ok(sandbox)
+}
+
+/// Stops the guest, so that its directory stays, and takes the sandbox's lock. If that cannot be, what is
+/// written down about the sandbox is as before.
+fn stopped(found: &Found, spec: &SandboxSpec) -> Result<File, SnapshotError> {
+    let dir = found.dir();
+    // Whoever is saving it needs it as it is.
+    let Some(_turn) = dir.capture_turn(LOCK_LIMIT)? else {
+        return Err(SnapshotError::Busy(found.called()));
+    };
+    // While nobody runs it, it must not go away.
+    let mut kept = spec.clone();
+    kept.life = Life::Persistent;
+    dir.write_record_durably(state::CONFIG, &kept)?;
+    let locked = || -> Result<File, SnapshotError> {
+        if found.state().vmm().is_some() {
+            lifecycle::stop(found, Stop::FORCE)?;
+        }
+        let lock = dir.lock_within(LOCK_LIMIT)?;
+        lock.ok_or_else(|| LifeError::Busy(found.called()).into())
+    };
+    locked().inspect_err(|_| {
+        let _ = dir.write_record_durably(state::CONFIG, spec);
+    })
 }

@@ -253,14 +253,27 @@ pub fn restore(
     stages: &mut Stages,
 ) -> Result<Sandbox, SnapshotError> {
     let spec = source.spec(clone)?;
-    let (dir, lock) = create_with(host.root, &spec, |dir| source.fill(dir))?;
+    // Whatever ends this half-way, nothing of it stays: it is kept from the moment on that its programs run.
+    let made = SandboxSpec {
+        life: match spec.life {
+            // One that is booted is no worse for being booted later.
+            Life::Persistent if source.machine.is_some() => Life::Detached,
+            life => life,
+        },
+        ..spec.clone()
+    };
+    let (dir, lock) = create_with(host.root, &made, |dir| source.fill(dir, spec.life))?;
     stages.mark("prepared");
     let restored = bring_up(host, source, &dir, lock, stages);
     if restored.is_err() {
         // One that never came up is not kept, even with a name.
         let _ = dir.remove();
     }
-    restored
+    let mut restored = restored?;
+    if spec.life == Life::Persistent {
+        restored.keep(&spec)?;
+    }
+    Ok(restored)
 }
 
 /// Starts a sandbox whose directory holds what it needs.

@@ -139,6 +139,20 @@ impl Origin {
     }
 }
 
+/// What the guest that runs was loaded from (`loaded.json`); a guest that was booted has none.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Loaded {
+    pub(crate) snapshot: String,
+}
+
+impl Loaded {
+    /// The snapshot whose memory the guest's is a view of.
+    pub(super) fn of(found: &Found) -> Result<Option<String>, StateError> {
+        let record: Option<Self> = found.dir().read_record(state::LOADED)?;
+        Ok(record.map(|loaded| loaded.snapshot))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -8,6 +8,7 @@
 //! | `config.json` | what the sandbox is; appears by rename when all else is ready |
 //! | `boot.json` | the stages of the last start |
 //! | `origin.json` | which snapshot it comes from; only if it does |
+//! | `loaded.json` | which snapshot the guest that runs was loaded from; only if it was |
 //! | `capture` | locked (flock) while it is held still for a snapshot |
 //! | `owner.json` | supervisor, VMM, boot of the machine |
 //! | `ended.json` | how the VMM ended; appears by rename |
@@ -17,6 +18,7 @@
 //! | `control.sock` | the supervisor: port forwards |
 //! | `console.log`, `vmm.log` | what the console and the VMM said, bounded |
 //! | `disk` | the writable disk |
+//! | `disk.new` | one that is about to replace it |
 //!
 //! `…/names/NAME` are symbolic links to the directories of the sandboxes that have a name.
 
@@ -56,6 +58,8 @@ pub const LOCK: &str = "lock";
 pub const CONFIG: &str = "config.json";
 pub const BOOT: &str = "boot.json";
 pub const ORIGIN: &str = "origin.json";
+/// What the guest that runs was loaded from; forgotten before the next start.
+pub const LOADED: &str = "loaded.json";
 pub const CAPTURE: &str = "capture";
 pub const CONTROL_SOCKET: &str = "control.sock";
 pub const OWNER: &str = "owner.json";
@@ -66,6 +70,8 @@ pub const CONSOLE_SOCKET: &str = "console.sock";
 pub const CONSOLE_LOG: &str = "console.log";
 pub const VMM_LOG: &str = "vmm.log";
 pub const DISK: &str = "disk";
+/// A disk that is to take the place of `disk`.
+pub const NEW_DISK: &str = "disk.new";
 
 /// A directory or record could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -298,7 +304,20 @@ impl SandboxDir {
     /// # Errors
     /// The lock file cannot be opened.
     pub fn try_lock(&self) -> Result<Option<File>, StateError> {
-        let path = self.file(LOCK);
+        self.try_lock_file(LOCK)
+    }
+
+    /// Waits until nobody holds the sandbox still for a capture, and keeps others from doing so; `None` if that
+    /// is not within `limit`.
+    ///
+    /// # Errors
+    /// The lock file cannot be opened.
+    pub fn capture_turn(&self, limit: Duration) -> Result<Option<File>, StateError> {
+        self.wait_for_lock(CAPTURE, limit)
+    }
+
+    fn try_lock_file(&self, name: &str) -> Result<Option<File>, StateError> {
+        let path = self.file(name);
         let lock = OpenOptions::new()
             .read(true)
             .write(true)
@@ -327,9 +346,13 @@ impl SandboxDir {
     /// # Errors
     /// The lock file cannot be opened.
     pub fn lock_within(&self, limit: Duration) -> Result<Option<File>, StateError> {
+        self.wait_for_lock(LOCK, limit)
+    }
+
+    fn wait_for_lock(&self, name: &str, limit: Duration) -> Result<Option<File>, StateError> {
         let deadline = Instant::now() + limit;
         loop {
-            if let Some(lock) = self.try_lock()? {
+            if let Some(lock) = self.try_lock_file(name)? {
                 return Ok(Some(lock));
             }
             if Instant::now() >= deadline {

@@ -7,8 +7,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::{
-    API_SOCKET, BOOT, CONSOLE_SOCKET, CONTROL_SOCKET, ENDED, OWNER, Owner, SandboxDir, StateError,
-    VSOCK_SOCKET, io_error,
+    API_SOCKET, BOOT, CONSOLE_SOCKET, CONTROL_SOCKET, ENDED, LOADED, OWNER, Owner, SandboxDir,
+    StateError, VSOCK_SOCKET, io_error,
 };
 
 impl SandboxDir {
@@ -88,6 +88,7 @@ impl SandboxDir {
             CONTROL_SOCKET,
             OWNER,
             BOOT,
+            LOADED,
             ENDED,
         ];
         for name in names {
