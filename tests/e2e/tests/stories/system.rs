@@ -47,6 +47,7 @@ fn events(sandbox: &Sandbox<'_>, more: &[&str]) -> Vec<Value> {
 fn what_a_guest_uses_is_shown_beside_what_the_host_counts() {
     let user = User::new();
     let sandbox = user.sandbox(&[]);
+    an_agent_at_rest_is_small(&sandbox);
     background(&sandbox, "busy", "while :; do :; done");
     let stats = || json(&sandbox.says("stats", &["-o", "json"]))[0].clone();
     let first = stats();
@@ -100,8 +101,8 @@ fn what_a_guest_uses_is_shown_beside_what_the_host_counts() {
 
     // What has happened is remembered.
     let known = events(&sandbox, &[]);
-    assert_eq!(known[0]["event"], "started");
-    assert_eq!(known[0]["process_name"], "busy");
+    let busy = known.iter().find(|event| event["process_name"] == "busy");
+    assert_eq!(busy.unwrap()["event"], "started");
     let next = (known.last().unwrap()["sequence"].as_u64().unwrap() + 1).to_string();
     let following = sandbox.start("events", &["-f", "-o", "json", "--from", &next]);
     assert_eq!(sandbox.says("exec", &["sh", "-c", "exit 9"]).code(), 9);
@@ -146,6 +147,28 @@ fn activity(sandbox: &Sandbox<'_>) {
         said.explains(&["is paused", "belljar resume"]);
     }
     assert_eq!(sandbox.says("resume", &[]).code(), 0);
+}
+
+/// Of agent and worker together, bytes.
+const AGENT_MAX: u64 = 4 << 20;
+
+/// Before anything has run: by the agent's own count, and by the guest's kernel.
+fn an_agent_at_rest_is_small(sandbox: &Sandbox<'_>) {
+    let stats = json(&sandbox.says("stats", &["-o", "json"]));
+    let said = stats[0]["guest"]["agent_memory"].as_u64().unwrap();
+    assert!((1..=AGENT_MAX).contains(&said), "{said} bytes");
+    let script =
+        "grep -h VmRSS: /proc/1/status $(pgrep -f -- '--worker$' | sed 's,.*,/proc/&/status,')";
+    let counted = sandbox.says("exec", &["sh", "-c", script]);
+    assert_eq!(counted.code(), 0, "{}", counted.err);
+    let kib: Vec<u64> = counted
+        .text()
+        .split_whitespace()
+        .filter_map(|word| word.parse().ok())
+        .collect();
+    assert_eq!(kib.len(), 2, "agent and worker: {}", counted.text());
+    let counted = kib.iter().sum::<u64>() * 1024;
+    assert!(counted <= AGENT_MAX, "{kib:?} KiB");
 }
 
 #[test]
