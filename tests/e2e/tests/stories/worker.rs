@@ -1,9 +1,13 @@
 //! A worker of the agent that dies: processes go on, and no byte is lost.
 
+use std::io::Write;
 use std::os::unix::net::UnixStream;
+use std::process::ChildStdin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use belljar_e2e::{PATIENCE, Sandbox, User};
+use belljar_e2e::endurance::Random;
+use belljar_e2e::{PATIENCE, Running, Sandbox, User, eventually};
 use belljar_protocol::client::{self, Connection, ExecEvent};
 use belljar_protocol::v1::{
     self, end::How, exec_output::Output, position::At, process_ref::Ref, reply::Result as Answer,
@@ -118,4 +122,93 @@ fn a_worker_that_is_killed_costs_no_process_and_no_byte() {
     // The command line notices nothing either.
     let said = user.says(&["exec", sandbox.id(), "echo", "still here"]);
     said.is(0, "still here\n");
+}
+
+/// Kills the agent's worker, and waits until there is another one.
+fn kill_worker(sandbox: &Sandbox<'_>) {
+    let restarts = || {
+        let pong = client::ping(connect(sandbox), Some(soon()));
+        pong.map_or(0, |(_, pong)| pong.worker_restarts)
+    };
+    let before = restarts();
+    let script = "kill -KILL $(pgrep -f -- '--worker$')";
+    let detached = ["exec", "-d", sandbox.id(), "sh", "-c", script];
+    assert_eq!(sandbox.user().says(&detached).code(), 0);
+    eventually("a new worker", || restarts() > before);
+}
+
+/// Types pieces of what repeats nowhere until `stop`; returns all that was typed.
+fn type_on(mut stdin: ChildStdin, stop: &AtomicBool) -> Vec<u8> {
+    let mut random = Random::new(11);
+    let mut typed = Vec::new();
+    while !stop.load(Ordering::Relaxed) {
+        let length = 1 + random.below(4096);
+        let piece: Vec<u8> = (0..length).map(|_| random.below(256) as u8).collect();
+        stdin.write_all(&piece).unwrap();
+        typed.extend(piece);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    typed
+}
+
+#[test]
+fn streams_of_the_command_line_outlive_three_workers() {
+    let user = User::new();
+    let sandbox = user.sandbox(&[]);
+    let counts = "n=0; while [ ! -e /run/stop ]; do n=$((n+1)); echo $n; sleep 0.02; done";
+    let counter = ["exec", "-d", "--name", "counts", sandbox.id(), "sh", "-c"];
+    user.says(&[&counter[..], &[counts]].concat())
+        .is(0, "counts\n");
+    let follows = sandbox.start("logs", &["-f", "counts"]);
+    let echo = ["exec", "-i", sandbox.id(), "tee", "/root/typed"];
+    let mut echo = Running::start(&mut user.belljar(&echo));
+    let stdin = echo.child.stdin.take().unwrap();
+
+    let stop = AtomicBool::new(false);
+    let typed = std::thread::scope(|scope| {
+        let typist = scope.spawn(|| type_on(stdin, &stop));
+        let goes_on = || {
+            let (told, came_back) = (follows.out_so_far().len(), echo.out_so_far().len());
+            eventually("both streams to go on", || {
+                follows.out_so_far().len() > told && echo.out_so_far().len() > came_back
+            });
+        };
+        goes_on();
+        for _ in 0..3 {
+            kill_worker(&sandbox);
+            goes_on();
+        }
+        stop.store(true, Ordering::Relaxed);
+        typist.join().unwrap()
+    });
+    let said = echo.wait();
+    assert_eq!(said.code(), 0, "{}", said.err);
+    assert_eq!(said.out.len(), typed.len());
+    assert!(said.out == typed, "not the bytes that were typed");
+    let file = user.home().join("typed");
+    std::fs::write(&file, &typed).unwrap();
+    let here = std::process::Command::new("sha256sum")
+        .stdin(std::fs::File::open(&file).unwrap())
+        .output()
+        .unwrap();
+    let there = ["exec", sandbox.id(), "sh", "-c", "sha256sum </root/typed"];
+    user.says(&there)
+        .is(0, &String::from_utf8(here.stdout).unwrap());
+
+    let end = ["exec", sandbox.id(), "touch", "/run/stop"];
+    user.says(&end).is(0, "");
+    let said = follows.wait();
+    assert_eq!(said.code(), 0, "{}", said.err);
+    let told = said.text();
+    let expected: String = (1..=told.lines().count())
+        .map(|n| format!("{n}\n"))
+        .collect();
+    assert!(told == expected, "not the lines that were written:\n{told}");
+    // The last line was told, too.
+    sandbox.says("logs", &["counts"]).is(0, &told);
+
+    // Whoever is not attached to anything that exists is told so by any worker.
+    let said = sandbox.says("logs", &["-f", "nothing"]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["no such process"]);
 }
