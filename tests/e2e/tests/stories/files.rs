@@ -2,12 +2,14 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
+use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use belljar_e2e::{Said, Sandbox, User};
+use belljar_e2e::{Running, Said, Sandbox, User};
+use serde_json::Value;
 
 /// RAM of the guest, MiB: less than what goes through it.
 const MEMORY: u64 = 128;
@@ -76,6 +78,257 @@ fn files_of_any_name_and_anybody() {
     names_that_are_no_text(&user, &sandbox);
     streams(&user, &sandbox);
     failures(&user, &sandbox);
+}
+
+#[test]
+fn a_tree_larger_than_memory_and_every_single_call() {
+    let user = User::new();
+    let sandbox = user.sandbox(&["--memory", "96M", "--disk", "1G"]);
+    content_in_pieces(&sandbox);
+    names_and_links(&sandbox);
+    rights_and_times(&sandbox);
+    attributes(&sandbox);
+    copies_of_links_and_owners(&user, &sandbox);
+    a_dense_tree(&user, &sandbox);
+}
+
+/// `belljar fs write OPTIONS BOX PATH` with this input.
+fn write(sandbox: &Sandbox<'_>, options: &[&str], path: &str, input: &[u8]) -> Said {
+    let mut all = vec!["fs", "write"];
+    all.extend(options);
+    all.extend([sandbox.id(), path]);
+    let mut running = Running::start(&mut sandbox.user().belljar(&all));
+    // One that fails early reads nothing.
+    let _ = running.child.stdin.take().unwrap().write_all(input);
+    running.wait()
+}
+
+/// `belljar fs CALL BOX ARGUMENTS` that fails and says all these.
+#[track_caller]
+fn refuses(sandbox: &Sandbox<'_>, call: &str, arguments: &[&str], texts: &[&str]) {
+    let said = fs_call(sandbox, call, arguments);
+    assert_eq!(said.code(), 125, "{call} {arguments:?}");
+    said.explains(texts);
+}
+
+/// `belljar fs CALL BOX ARGUMENTS` that has nothing to say.
+#[track_caller]
+fn does(sandbox: &Sandbox<'_>, call: &str, arguments: &[&str]) {
+    fs_call(sandbox, call, arguments).is(0, "");
+}
+
+fn content_in_pieces(sandbox: &Sandbox<'_>) {
+    inside(sandbox, "mkdir /w");
+    write(sandbox, &[], "/w/text", b"one two three").is(0, "");
+    write(sandbox, &["--append"], "/w/text", b" four").is(0, "");
+    write(sandbox, &["--offset", "4"], "/w/text", b"TWO").is(0, "");
+    fs_call(sandbox, "cat", &["/w/text"]).is(0, "one TWO three four");
+    let range = ["--offset", "4", "--length", "3", "/w/text"];
+    fs_call(sandbox, "cat", &range).is(0, "TWO");
+    // Less than asked for at the end, and nothing behind it.
+    let range = ["--offset", "14", "--length", "1K", "/w/text"];
+    fs_call(sandbox, "cat", &range).is(0, "four");
+    fs_call(sandbox, "cat", &["--offset", "1M", "/w/text"]).is(0, "");
+    let said = write(sandbox, &["--new"], "/w/text", b"other");
+    assert_eq!(said.code(), 125);
+    said.explains(&["/w/text", "exists"]);
+    let said = write(sandbox, &[], "/w/none/text", b"x");
+    assert_eq!(said.code(), 125);
+    said.explains(&["/w/none", "No such file"]);
+    refuses(sandbox, "cat", &["/w"], &["/w", "directory"]);
+
+    does(sandbox, "truncate", &["-s", "3", "/w/text"]);
+    fs_call(sandbox, "cat", &["/w/text"]).is(0, "one");
+    does(sandbox, "truncate", &["-s", "5", "/w/text"]);
+    fs_call(sandbox, "cat", &["/w/text"]).is(0, "one\0\0");
+    refuses(
+        sandbox,
+        "truncate",
+        &["-s", "1", "/w"],
+        &["/w", "directory"],
+    );
+}
+
+fn names_and_links(sandbox: &Sandbox<'_>) {
+    inside(sandbox, "cd /w; echo a > a; echo b > b");
+    refuses(sandbox, "mv", &["-n", "/w/a", "/w/b"], &["/w/b", "exists"]);
+    does(sandbox, "mv", &["--exchange", "/w/a", "/w/b"]);
+    assert_eq!(inside(sandbox, "cat /w/a /w/b"), "b\na");
+    does(sandbox, "mv", &["-n", "/w/a", "/w/c"]);
+    does(sandbox, "mv", &["/w/c", "/w/b"]);
+    assert_eq!(inside(sandbox, "cat /w/b; ls /w"), "b\nb\ntext");
+    refuses(sandbox, "mv", &["/w/none", "/w/d"], &["/w/none", "No such"]);
+
+    does(sandbox, "ln", &["/w/b", "/w/hard"]);
+    does(sandbox, "ln", &["-s", "b", "/w/soft"]);
+    let found = inside(sandbox, "stat -c %h /w/hard; readlink /w/soft");
+    assert_eq!(found, "2\nb");
+    refuses(sandbox, "ln", &["/w/b", "/w/soft"], &["/w/soft", "exists"]);
+
+    does(sandbox, "cp", &["/w/b", "/w/copy"]);
+    does(sandbox, "cp", &["/w/soft", "/w/soft-copy"]);
+    does(sandbox, "cp", &["-L", "/w/soft", "/w/followed"]);
+    does(sandbox, "cp", &["-r", "/w", "/w2"]);
+    let found = inside(
+        sandbox,
+        "cat /w/copy; readlink /w/soft-copy; stat -c %F /w/followed; ls /w2",
+    );
+    let names = "b\ncopy\nfollowed\nhard\nsoft\nsoft-copy\ntext";
+    assert_eq!(found, format!("b\nb\nregular file\n{names}"));
+    refuses(sandbox, "cp", &["/w2", "/w3"], &["/w2", "directory"]);
+}
+
+/// The one document of `belljar fs stat`.
+fn stat(sandbox: &Sandbox<'_>, arguments: &[&str]) -> Value {
+    let said = fs_call(sandbox, "stat", arguments);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    let all: Value = serde_json::from_slice(&said.out).unwrap();
+    all[0].clone()
+}
+
+fn rights_and_times(sandbox: &Sandbox<'_>) {
+    does(sandbox, "chmod", &["4750", "/w/b"]);
+    does(sandbox, "chown", &["nobody:12", "/w/copy"]);
+    let found = inside(sandbox, "stat -c %a /w/b; stat -c '%U %g' /w/copy");
+    assert_eq!(found, "4750\nnobody 12");
+    does(sandbox, "chown", &["-R", "nobody", "/w2"]);
+    does(sandbox, "chmod", &["-R", "700", "/w2"]);
+    let others = "find /w2 ! -user nobody; find /w2 ! -type l ! -perm 700";
+    assert_eq!(inside(sandbox, others), "");
+    does(sandbox, "touch", &["-d", "1700000000.5", "/w/b", "/w/new"]);
+    let info = stat(sandbox, &["/w/b"]);
+    assert_eq!(info["type"], "file", "{info}");
+    assert_eq!(info["size"], 2);
+    assert_eq!(info["links"], 2);
+    assert_eq!(info["modified_ns"], 1_700_000_000_500_000_000_u64);
+    let link = stat(sandbox, &["/w/soft"]);
+    assert_eq!(link["type"], "symlink", "{link}");
+    assert_eq!(link["target"], "b");
+    assert_eq!(
+        stat(sandbox, &["-L", "/w/soft"])["inode"],
+        info["inode"],
+        "{link}"
+    );
+    let nothing_made = ["-c", "/w/not-made"];
+    refuses(sandbox, "touch", &nothing_made, &["/w/not-made", "No such"]);
+    refuses(
+        sandbox,
+        "stat",
+        &["/w/not-made"],
+        &["/w/not-made", "No such"],
+    );
+    refuses(sandbox, "chown", &["nosuchuser", "/w/b"], &["nosuchuser"]);
+    let as_nobody = ["-u", "nobody", "777", "/w/b"];
+    refuses(sandbox, "chmod", &as_nobody, &["/w/b", "not permitted"]);
+    let as_nobody = ["-u", "nobody", "/w/by-nobody"];
+    refuses(sandbox, "touch", &as_nobody, &["Permission denied"]);
+}
+
+fn attributes(sandbox: &Sandbox<'_>) {
+    let list = |more: &[&str]| {
+        let said = fs_call(sandbox, "xattr", more);
+        assert_eq!(said.code(), 0, "{}", said.err);
+        let all: Value = serde_json::from_slice(&said.out).unwrap();
+        let all = all.as_array().unwrap().clone();
+        let pair = |it: &Value| format!("{}={}", it["name"], it["value"]).replace('"', "");
+        let mut all: Vec<String> = all.iter().map(pair).collect();
+        all.sort();
+        all.join(" ")
+    };
+    assert_eq!(list(&["/w/b"]), "");
+    let two = ["--set", "user.one=1=a", "--set", "user.two=", "/w/b"];
+    assert_eq!(list(&two), "user.one=1=a user.two=");
+    // By another name, it is the same file.
+    assert_eq!(list(&["/w/soft"]), "user.one=1=a user.two=");
+    assert_eq!(list(&["-n", "/w/soft"]), "");
+    assert_eq!(
+        list(&["--set", "user.one=2", "/w/b"]),
+        "user.one=2 user.two="
+    );
+    assert_eq!(list(&["--remove", "user.one", "/w/b"]), "user.two=");
+    refuses(sandbox, "xattr", &["/w/none"], &["/w/none", "No such file"]);
+    refuses(
+        sandbox,
+        "xattr",
+        &["--remove", "user.one", "/w/b"],
+        &["user.one"],
+    );
+    refuses(
+        sandbox,
+        "xattr",
+        &["--set", "no.such=x", "/w/b"],
+        &["no.such"],
+    );
+}
+
+fn copies_of_links_and_owners(user: &User, sandbox: &Sandbox<'_>) {
+    let at = |path: &str| format!("{}:{path}", sandbox.id());
+    let home = user.home();
+    fs::write(home.join("real"), b"real").unwrap();
+    symlink("real", home.join("link")).unwrap();
+    copied(&cp(user, &["link", &at("/w/as-link")]));
+    copied(&cp(user, &["-L", "link", &at("/w/as-file")]));
+    let found = inside(sandbox, "readlink /w/as-link; cat /w/as-file");
+    assert_eq!(found, "real\nreal");
+    copied(&cp(user, &["-L", &at("/w/soft"), "followed"]));
+    copied(&cp(user, &[&at("/w/soft"), "kept"]));
+    assert_eq!(fs::read(home.join("followed")).unwrap(), b"b\n");
+    assert_eq!(fs::read_link(home.join("kept")).unwrap(), Path::new("b"));
+    symlink("nowhere", home.join("broken")).unwrap();
+    let said = cp(user, &["-L", "broken", &at("/w/broken")]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["broken", "No such file"]);
+
+    // With everything, and as files of whoever copies.
+    inside(
+        sandbox,
+        "mkdir /keep /plain /src; mv /w/copy /src; chmod 4755 /src/copy; \
+         python3 -c 'import os; os.setxattr(\"/src/copy\", \"user.a\", b\"b\")'",
+    );
+    copied(&cp(user, &["-a", &at("/src"), &at("/keep/")]));
+    copied(&cp(user, &[&at("/src"), &at("/plain/")]));
+    let found = inside(sandbox, "stat -c '%U %g %a' /keep/src/copy /plain/src/copy");
+    let (kept, plain) = found.split_once('\n').unwrap();
+    assert_eq!(kept, "nobody 12 4755");
+    assert_eq!(plain, "root 0 755");
+    let said = fs_call(sandbox, "xattr", &["/keep/src/copy"]);
+    assert!(said.text().contains("user.a"), "{}", said.text());
+}
+
+/// MiB of a tree that fits in no memory of the guest.
+const DENSE: u64 = 150;
+
+/// Files without a hole, in and out of a guest with less memory.
+fn a_dense_tree(user: &User, sandbox: &Sandbox<'_>) {
+    let script = format!(
+        "mkdir -p dense/below && head -c {DENSE}M /dev/urandom | split -a 3 -b 9M - dense/below/part-"
+    );
+    let made = Command::new("sh")
+        .args(["-c", &script])
+        .current_dir(user.home())
+        .status();
+    assert!(made.unwrap().success());
+    let sums = "cd dense/below && md5sum part-* | md5sum";
+    let here = Command::new("sh")
+        .args(["-c", sums])
+        .current_dir(user.home())
+        .output()
+        .unwrap();
+    let there = format!("{}:/srv", sandbox.id());
+    copied(&cp(user, &["dense", &there]));
+    let found = inside(sandbox, &format!("cd /srv && {sums}"));
+    assert_eq!(found, String::from_utf8(here.stdout).unwrap().trim());
+    let total = inside(
+        sandbox,
+        "awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo",
+    );
+    assert!(total.parse::<u64>().unwrap() < DENSE);
+    copied(&cp(user, &[&format!("{there}/dense"), "dense-back"]));
+    let same = Command::new("diff")
+        .args(["-r", "dense", "dense-back"])
+        .current_dir(user.home())
+        .status();
+    assert!(same.unwrap().success());
 }
 
 fn single_files(user: &User, sandbox: &Sandbox<'_>) {

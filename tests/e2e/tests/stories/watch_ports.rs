@@ -200,6 +200,60 @@ fn ports_are_reached_listed_and_waited_for() {
     assert_eq!(heard, "from inside");
 
     other_things_are_waited_for(&sandbox);
+    a_raw_pipe(&sandbox);
+    the_agent_is_for_the_host_alone(&sandbox);
+}
+
+/// Sends back what comes; says how much it was when the other side has ended its own.
+const ECHO: &str = "\
+import socket\ns = socket.socket(socket.AF_VSOCK)\ns.bind((socket.VMADDR_CID_ANY, 6000))\ns.listen()\n\
+c, _ = s.accept()\nn = 0\nwhile data := c.recv(65536):\n n += len(data)\n c.sendall(data)\n\
+c.sendall(b'end of %d' % n)\nc.close()\n";
+
+fn a_raw_pipe(sandbox: &Sandbox<'_>) {
+    let arguments = ["debug", "vsock", sandbox.id(), "6000"];
+    let said = sandbox.user().says(&arguments);
+    assert_eq!(said.code(), 125, "nobody listens");
+    said.explains(&["6000"]);
+    background(sandbox, "echo", &["python3", "-c", ECHO]);
+    let begin = Instant::now();
+    let every: Vec<u8> = (0..=255).cycle().take(500_000).collect();
+    loop {
+        let mut pipe = Running::start(&mut sandbox.user().belljar(&arguments));
+        let mut stdin = pipe.child.stdin.take().unwrap();
+        // It may not listen yet.
+        if stdin.write_all(&every).is_err() {
+            assert_eq!(pipe.wait().code(), 125);
+            assert!(begin.elapsed() < PATIENCE);
+            std::thread::sleep(Duration::from_millis(100));
+            continue;
+        }
+        // Bytes go both ways while both are open.
+        eventually("all of it to come back", || {
+            pipe.out_so_far().len() == every.len()
+        });
+        drop(stdin);
+        let said = pipe.wait();
+        assert_eq!((said.code(), said.err.as_str()), (0, ""));
+        assert!(said.out.starts_with(&every));
+        assert_eq!(&said.out[every.len()..], b"end of 500000");
+        break;
+    }
+}
+
+/// Tries to reach the agent from within, and the host where nobody listens.
+const TRIES: &str = "\
+import fcntl, socket, struct\nown = struct.unpack('I', fcntl.ioctl(open('/dev/vsock'), \
+socket.IOCTL_VM_SOCKETS_GET_LOCAL_CID, b'    '))[0]\n\
+for cid, port in (own, 1024), (2, 4321), (2, 1024):\n \
+s = socket.socket(socket.AF_VSOCK)\n s.settimeout(60)\n try:\n  s.connect((cid, port))\n  \
+got = s.recv(100)\n  print('closed' if got == b'' else got)\n \
+except TimeoutError: print('hangs')\n except OSError: print('closed')\n";
+
+fn the_agent_is_for_the_host_alone(sandbox: &Sandbox<'_>) {
+    let said = sandbox.says("exec", &["python3", "-c", TRIES]);
+    said.is(0, "closed\nclosed\nclosed\n");
+    sandbox.says("exec", &["echo", "well"]).is(0, "well\n");
 }
 
 fn other_things_are_waited_for(sandbox: &Sandbox<'_>) {
@@ -321,6 +375,8 @@ fn a_tree_is_watched_whatever_happens_to_the_agent() {
     assert_eq!(said.code(), 0);
     said.explains(&["is gone"]);
 
+    more_than_is_kept(&sandbox);
+
     // A line for people; a file in the root's own file system; the sandbox's end.
     let watch = sandbox.start("watch", &["/root/w", "-o", "table"]);
     eventually("a line", || {
@@ -329,6 +385,36 @@ fn a_tree_is_watched_whatever_happens_to_the_agent() {
     });
     assert_eq!(sandbox.says("stop", &[]).code(), 0);
     assert_eq!(watch.wait().code(), 125);
+}
+
+/// Many events with long paths while nobody reads: what is lost is told, and then it goes on.
+fn more_than_is_kept(sandbox: &Sandbox<'_>) {
+    inside(sandbox, "mkdir /tmp/deep");
+    let watch = sandbox.start("watch", &["/tmp/deep", "-r", "--json"]);
+    eventually("the watch to be set", || {
+        inside(sandbox, "mkdir /tmp/deep/s; rmdir /tmp/deep/s");
+        !documents(&watch).is_empty()
+    });
+    let last = documents(&watch).last().unwrap().clone();
+    ended_by_signal(watch);
+    let next = last["sequence"].as_u64().unwrap() + 1;
+    let cursor = format!("{}:{next}", last["watch"].as_str().unwrap());
+    let script = "import os\nos.chdir('/tmp/deep')\nfor _ in range(12):\n os.mkdir('d' * 250)\n os.chdir('d' * 250)\n\
+        for f in range(3000):\n os.close(os.open(str(f), os.O_CREAT))\nos.mkdir('/tmp/deep/end')";
+    assert_eq!(sandbox.says("exec", &["python3", "-c", script]).code(), 0);
+    let watch = sandbox.start("watch", &["/tmp/deep", "-r", "--json", "--from", &cursor]);
+    eventually("the last event", || {
+        told(&watch).iter().any(|line| line == "created end")
+    });
+    let all = told(&watch);
+    assert!(all[0].starts_with("overflow"), "{}", all[0]);
+    ended_by_signal(watch);
+    let events = sandbox.says("events", &["-o", "json"]);
+    assert!(
+        events.text().contains("\"watch_overflow\""),
+        "{}",
+        events.text()
+    );
 }
 
 fn ended_by_signal(running: Running) {
