@@ -458,7 +458,7 @@ fn a_guest_under_load_goes_through_snapshot_restore_fork_and_reset_again_and_aga
 /// program that goes on.
 const DRAW: &str = "head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \\n'; echo; \
     python3 -c 'import os, uuid; print(os.urandom(16).hex()); print(uuid.uuid4().hex)'; cat /etc/machine-id; \
-    rm -f /root/r; while ! [ -e /root/r ]; do sleep 0.1; done; cat /root/r; echo";
+    echo >/root/go; while ! [ -s /root/r ]; do sleep 0.1; done; cat /root/r; echo";
 
 /// A thousand with `BELLJAR_SOAK=1`.
 #[test]
@@ -468,11 +468,17 @@ fn clones_draw_different_numbers() {
     let (rounds, each) = if soak { (200, 5) } else { (4, 5) };
     let user = User::new();
     let sandbox = user.sandbox(&["--memory", "128M"]);
-    // A program that was running when the guest was saved draws, too.
-    let drawing = "while :; do head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \\n' >/root/r.new; \
-        mv /root/r.new /root/r; sleep 1; done";
-    let said = user.says(&["exec", "-d", sandbox.id(), "--", "sh", "-c", drawing]);
+    // A program that was running when the guest was saved draws, too, when it is asked.
+    let drawing = "import os; os.mkfifo('/root/go'); open('/root/go').read(); \
+        open('/root/r', 'w').write(os.urandom(16).hex())";
+    let said = user.says(&["exec", "-d", sandbox.id(), "--", "python3", "-c", drawing]);
     assert_eq!(said.code(), 0, "{}", said.err);
+    eventually("the program to wait", || {
+        sandbox
+            .says("exec", &["--", "test", "-p", "/root/go"])
+            .code()
+            == 0
+    });
     let said = sandbox.says("snapshot", &["--tag", "seed", "--wait"]);
     assert_eq!(said.code(), 0, "{}", said.err);
     let mut seen = HashSet::new();
