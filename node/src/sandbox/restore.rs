@@ -148,11 +148,12 @@ impl Sandbox {
     }
 }
 
+/// A descriptor to be sent along, and its name.
+type NamedFile = (String, File);
+
 /// Drives are found by name: what a path meant where the snapshot was taken it need not mean here. What must
 /// not be written is given as a descriptor for reading, whatever the snapshot says about it.
-fn overrides(
-    spec: &SandboxSpec,
-) -> Result<(Vec<serde_json::Value>, Vec<(String, File)>), BootError> {
+fn overrides(spec: &SandboxSpec) -> Result<(Vec<serde_json::Value>, Vec<NamedFile>), BootError> {
     let mut files = Vec::new();
     let mut all = Vec::new();
     for drive in plan::drives(spec)? {

@@ -107,5 +107,5 @@ fn end(sandbox: &Sandbox<'_>, name: &str) -> Result<Samples> {
         return Err(Failure(format!("{name} did not end")));
     }
     let took = ms(start.elapsed());
-    Ok(Samples::one(&format!("overload.kill.{name}"), "ms", took))
+    Ok(Samples::one(format!("overload.kill.{name}"), "ms", took))
 }
