@@ -71,7 +71,7 @@ fn check(call: &v1::Adopt) -> Result<(), String> {
     }
     let is_hex = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
     let id = &call.machine_id;
-    if !id.is_empty() && !(id.len() == 32 && id.bytes().all(is_hex)) {
+    if !(id.is_empty() || id.len() == 32 && id.bytes().all(is_hex)) {
         return Err("machine_id: 32 lower-case hexadecimal digits".to_owned());
     }
     Ok(())
