@@ -424,3 +424,58 @@ fn only_one_serves_and_garbage_harms_nobody() {
     assert_eq!(code, Code::Invalid);
     assert!(client.call(ping(), &[], |_| {}).is_ok());
 }
+
+#[test]
+fn the_lock_of_a_sandbox_is_held_until_it_goes_on_whoever_dies() {
+    use rustix::fs::{FlockOperation, flock};
+    use std::os::fd::AsFd;
+    let place = Place::new();
+    let sandbox = tempfile::tempdir().unwrap();
+    let path = sandbox.path().join("capture");
+    let is_free = || {
+        let lock = File::create(&path).unwrap();
+        flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()
+    };
+    let begin = |client: &mut Client| {
+        let lock = File::create(&path).unwrap();
+        flock(&lock, FlockOperation::NonBlockingLockExclusive).unwrap();
+        let call = v1::Begin {
+            sandbox_dir: sandbox.path().to_string_lossy().into_owned(),
+            ..v1::Begin::default()
+        };
+        let call = Call::Begin(call);
+        client.call(call, &[lock.as_fd()], |_| {}).unwrap();
+    };
+    let mut client = place.connect();
+    begin(&mut client);
+    assert!(!is_free(), "whoever began it may have gone");
+    let settle = Call::Settle(v1::Settle {});
+    client.call(settle, &[], |_| {}).unwrap();
+    assert!(is_free());
+    begin(&mut client);
+    drop(client);
+    // There is no VMM that could be resumed: nothing is left to be done.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !is_free() {
+        assert!(Instant::now() < deadline, "the lock is never free again");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn use_is_told_for_each_snapshot() {
+    let place = Place::new();
+    let mut client = place.connect();
+    let ids = [1, 2].map(|seed| capture(&mut client, seed, &format!("tag{seed}")).0);
+    let mut told = Vec::new();
+    let call = Call::Usage(v1::GetUsage {});
+    let (answer, _) = client
+        .call(call, &[], |answer| {
+            if let Answer::Item(item) = answer {
+                told.push((item.id, item.stored_bytes > 0));
+            }
+        })
+        .unwrap();
+    assert!(matches!(answer, Answer::Usage(usage) if usage.snapshots.is_empty()));
+    assert_eq!(told, ids.map(|id| (id, true)));
+}

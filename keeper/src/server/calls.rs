@@ -376,6 +376,18 @@ fn collect(shared: &Shared, call: &v1::Collect) -> Answered {
         answer.bytes = collected.bytes;
         answer.copied_bytes = collected.copied_bytes;
         answer.deleted_bytes = collected.deleted_bytes;
+        // What still waits counts against the budget, too: the next snapshot needs its room.
+        if call.evict {
+            let usage = shared.store.usage()?;
+            let used = usage.pack_bytes.saturating_add(usage.trash_bytes);
+            if usage.budget != 0 && used.saturating_add(usage.manifest_bytes) > usage.budget {
+                let collected = shared.store.gc(0)?;
+                answer.packs = answer.packs.saturating_add(collected.packs);
+                answer.bytes = answer.bytes.saturating_add(collected.bytes);
+                let deleted = collected.deleted_bytes;
+                answer.deleted_bytes = answer.deleted_bytes.saturating_add(deleted);
+            }
+        }
         shared.templates.shrink(shared.templates.budget);
     }
     Ok((Answer::Collected(answer), Vec::new()))

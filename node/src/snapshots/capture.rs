@@ -180,15 +180,18 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
     let was_paused = matches!(look, State::Paused(_));
     let saved = Saved::of(found, spec)?;
     let spec = &saved.spec;
+    // What this very guest was loaded from: it may have been booted since it was restored.
+    let loaded = Loaded::of(found)?;
+    // A view of a template has pages that are in no memory of the VMM's own; only a whole image holds them, too.
+    let is_view = what == What::Whole && found.dir().file(state::ORIGIN).exists();
     let begin = keeper::Begin {
         base: match what {
-            // Only of what this very guest was loaded from: it may have been booted since.
-            What::Increment => Loaded::of(found)?.unwrap_or_default(),
+            What::Increment => loaded.unwrap_or_default(),
             What::Disk | What::Whole => String::new(),
         },
         memory_bytes: if disk_only { 0 } else { spec.memory },
         disk_bytes: spec.disk.unwrap_or(0),
-        expected_bytes: expected_bytes(found, &look, spec, disk_only),
+        expected_bytes: expected_bytes(found, &look, spec, disk_only, is_view),
         sandbox_dir: found.dir().path().to_string_lossy().into_owned(),
         was_paused,
     };
@@ -239,12 +242,18 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
 }
 
 /// What the capture will hold at most: memory that the VMM has touched, and blocks of the disk.
-fn expected_bytes(found: &Found, look: &State, spec: &SandboxSpec, disk_only: bool) -> u64 {
+fn expected_bytes(
+    found: &Found,
+    look: &State,
+    spec: &SandboxSpec,
+    disk_only: bool,
+    is_view: bool,
+) -> u64 {
     let resident = look.vmm().and_then(accounting::resident);
     let memory = match resident {
         _ if disk_only => 0,
         // A clone's pages are in its template, too.
-        Some(bytes) if !found.dir().file(state::ORIGIN).exists() => bytes.min(spec.memory),
+        Some(bytes) if !is_view => bytes.min(spec.memory),
         _ => spec.memory,
     };
     let disk = std::fs::metadata(found.dir().file(state::DISK));

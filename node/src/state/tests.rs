@@ -77,6 +77,29 @@ fn leftovers_are_explained() {
 }
 
 #[test]
+fn a_start_forgets_what_the_last_guest_was_loaded_from_and_not_where_it_comes_from() {
+    let (_keep, root) = root();
+    let (dir, _lock) = root.create().unwrap();
+    for name in [ORIGIN, LOADED] {
+        dir.write_record(name, &1).unwrap();
+    }
+    dir.forget_last_run().unwrap();
+    assert!(dir.file(ORIGIN).exists());
+    assert!(!dir.file(LOADED).exists());
+}
+
+#[test]
+fn the_turn_to_capture_is_one_at_a_time() {
+    let (_keep, root) = root();
+    let (dir, _lock) = root.create().unwrap();
+    let turn = dir.capture_turn(Duration::ZERO).unwrap();
+    assert!(turn.is_some());
+    assert!(dir.capture_turn(Duration::ZERO).unwrap().is_none());
+    drop(turn);
+    assert!(dir.capture_turn(Duration::ZERO).unwrap().is_some());
+}
+
+#[test]
 fn records_read_back_and_bad_ones_are_named() {
     let (_keep, root) = root();
     let (dir, _lock) = root.create().unwrap();

@@ -531,12 +531,11 @@ fn keepers_come_and_go() {
         // Also at the moment when it leaves.
         std::thread::sleep(Duration::from_millis(900 + round * 23));
     }
-    let said = user.says(&["snapshots", "--keeper", "/nowhere/belljar-keeper"]);
-    if said.code() != 0 {
-        said.explains(&["cannot be started", "make build"]);
-    }
-    // What is not a store is refused, not replaced.
     eventually("the keeper to leave", || keepers().is_empty());
+    let said = user.says(&["snapshots", "--keeper", "/nowhere/belljar-keeper"]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["cannot be started", "make build"]);
+    // What is not a store is refused, not replaced.
     let store = user.home().join("state/keeper/store");
     spoil(&store.join("store"));
     spoil(&store.join("store.copy"));
