@@ -23,6 +23,7 @@ impl Luck {
 }
 
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant)] // Most are sectors.
 enum Write {
     Sector(u64, [u8; SECTOR]),
     Hole(u64, u64),
