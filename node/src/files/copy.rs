@@ -230,7 +230,8 @@ pub fn in_to_guest(
         path: named(false)?,
         user: options.user.clone(),
         mode: Mode::Truncate.into(),
-        permissions: Some(info.permissions().mode() & 0o777),
+        permissions: Some(permissions(info.permissions().mode(), options)),
+        set_permissions: options.archive,
         modified_ns: info.is_file().then(|| {
             info.mtime()
                 .saturating_mul(1_000_000_000)
@@ -296,6 +297,11 @@ fn tree_in(
     copied.add(&done.problems, done.problems_total);
     copied.bytes = done.bytes;
     Ok(copied)
+}
+
+/// Set-id bits belong to an owner, who is kept only by an archive.
+const fn permissions(mode: u32, options: &CopyOptions) -> u32 {
+    mode & if options.archive { 0o7777 } else { 0o777 }
 }
 
 fn tree_target(to: &[u8], options: &CopyOptions) -> v1::WriteTree {
@@ -561,8 +567,14 @@ pub fn between(
                 path: target,
                 user: options.user.clone(),
                 mode: Mode::Truncate.into(),
-                permissions: Some(info.mode & 0o777),
+                permissions: Some(permissions(info.mode, options)),
+                set_permissions: options.archive,
                 modified_ns: Some(info.modified_ns),
+                owner: if options.archive {
+                    format!("{}:{}", info.uid, info.gid)
+                } else {
+                    String::new()
+                },
                 ..v1::WriteFile::default()
             };
             let mut upload = write(guest, message)?;

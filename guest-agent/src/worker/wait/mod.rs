@@ -145,7 +145,7 @@ impl Waiting<'_> {
         loop {
             let begin = Instant::now();
             if state.is_empty() || !self.is_almost_over() {
-                state = match self.ask(port, &request)? {
+                state = match self.ask(port, &request, &state)? {
                     Ok(status) if wanted.contains(&status) => {
                         return Ok(v1::Awaited {
                             status,
@@ -153,6 +153,7 @@ impl Waiting<'_> {
                         });
                     }
                     Ok(status) => format!("port {port} answers with status {status}"),
+                    Err(_) if self.is_over() && !state.is_empty() => state,
                     Err(state) => state,
                 };
             }
@@ -166,8 +167,22 @@ impl Waiting<'_> {
             .is_some_and(|at| at.saturating_duration_since(Instant::now()) < LAST_ATTEMPT)
     }
 
-    /// One request. `Ok(Err)`: why there is no status.
-    fn ask(&mut self, port: u16, request: &Request) -> Result<Result<u32, String>, Failure> {
+    fn is_over(&self) -> bool {
+        self.deadline.is_some_and(|at| at <= Instant::now())
+    }
+
+    /// One request. `Ok(Err)`: why there is no status. `before`: what came of the last one, if there was one.
+    fn ask(
+        &mut self,
+        port: u16,
+        request: &Request,
+        before: &str,
+    ) -> Result<Result<u32, String>, Failure> {
+        let state = if before.is_empty() {
+            "no answer yet"
+        } else {
+            before
+        };
         let left = self.deadline.map_or(ANSWER_TIME, |at| {
             at.saturating_duration_since(Instant::now())
                 .min(ANSWER_TIME)
@@ -188,7 +203,7 @@ impl Waiting<'_> {
             match rustix::net::send(&stream, unsent, SendFlags::NOSIGNAL) {
                 Ok(sent) => unsent = unsent.get(sent..).unwrap_or_default(),
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) if self.ready(&stream, PollFlags::OUT, until)? => {}
+                Err(Errno::AGAIN) if self.ready(&stream, PollFlags::OUT, until, state)? => {}
                 Err(Errno::AGAIN) => return late(),
                 Err(errno) => return Ok(Err(format!("sending to port {port}: {errno}"))),
             }
@@ -199,7 +214,7 @@ impl Waiting<'_> {
             let got = match rustix::net::recv(&stream, &mut buffer[..], RecvFlags::empty()) {
                 Ok((_, got)) => got,
                 Err(Errno::INTR) => continue,
-                Err(Errno::AGAIN) if self.ready(&stream, PollFlags::IN, until)? => continue,
+                Err(Errno::AGAIN) if self.ready(&stream, PollFlags::IN, until, state)? => continue,
                 Err(Errno::AGAIN) => return late(),
                 Err(errno) => return Ok(Err(format!("reading from port {port}: {errno}"))),
             };
@@ -221,9 +236,10 @@ impl Waiting<'_> {
         fd: &OwnedFd,
         flags: PollFlags,
         until: Option<Instant>,
+        state: &str,
     ) -> Result<bool, Failure> {
         let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-        let ready = self.pause(&[(fd.as_fd(), flags)], left, "no answer yet")?;
+        let ready = self.pause(&[(fd.as_fd(), flags)], left, state)?;
         Ok(ready != 0 || left.is_none_or(|left| !left.is_zero()))
     }
 }
