@@ -14,6 +14,7 @@ pub mod files;
 pub mod guest;
 pub mod pty;
 mod sandbox;
+pub mod trial;
 pub mod vmm;
 
 pub use sandbox::Sandbox;

@@ -1,14 +1,11 @@
 //! Many programs, clients that are cut off, workers that are killed, guests that pause: nothing is lost,
 //! nothing comes twice, nothing is left. `BELLJAR_SOAK=1` makes it long.
 
-use std::collections::HashMap;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use belljar_e2e::endurance::{Echo, Ends, Random};
+use belljar_e2e::trial::{self, Disturbed};
 use belljar_e2e::{PATIENCE, User};
 use belljar_protocol::client::{Exec, ping};
 use belljar_protocol::{AGENT_PORT, hybrid, v1};
@@ -105,57 +102,19 @@ impl<'a> Guest<'a> {
     }
 }
 
-/// What the story itself does.
-#[derive(Debug)]
-struct Step {
-    number: AtomicUsize,
-    now: Mutex<(&'static str, Instant)>,
-}
-
-impl Step {
-    fn new() -> Self {
-        Self {
-            number: AtomicUsize::new(0),
-            now: Mutex::new(("start", Instant::now())),
-        }
+impl Disturbed for Guest<'_> {
+    fn connect(&self) -> Option<UnixStream> {
+        Guest::connect(self)
     }
 
-    fn begins(&self, name: &'static str) {
-        let last = std::mem::replace(&mut *self.now.lock().unwrap(), (name, Instant::now()));
-        if last.1.elapsed() > Duration::from_secs(5) {
-            eprintln!("'{}' took {:?}", last.0, last.1.elapsed());
-        }
-        self.number.fetch_add(1, Ordering::Relaxed);
+    fn kill_worker(&self) {
+        Guest::kill_worker(self);
     }
-}
 
-/// Ends the story, with what everyone does, when it or one of its clients stands still.
-fn watch(echoes: &[Echo], step: &Step) {
-    const STILL: Duration = Duration::from_secs(60);
-    let clients = || echoes.iter().filter(|echo| !echo.has_ended());
-    let progress = |echo: &Echo| echo.progress.load(Ordering::Relaxed);
-    let mut last: HashMap<u64, (usize, Instant)> = HashMap::new();
-    while clients().next().is_some() {
-        std::thread::sleep(Duration::from_millis(100));
-        let counters = clients().map(|echo| (echo.number, progress(echo)));
-        let story = (0, step.number.load(Ordering::Relaxed));
-        let now = Instant::now();
-        for (who, count) in counters.chain([story]) {
-            let known = last.entry(who).or_insert((count, now));
-            if known.0 != count {
-                *known = (count, now);
-            } else if now - known.1 > STILL {
-                eprintln!("{who} stands still for {STILL:?}");
-                let name = step.now.lock().unwrap().0;
-                eprintln!(
-                    "the story: step {}, {name}",
-                    step.number.load(Ordering::Relaxed)
-                );
-                clients().for_each(|echo| eprintln!("{}", echo.doing()));
-                // Threads that wait for each other cannot be unwound.
-                std::process::abort();
-            }
-        }
+    fn pause(&self, time: Duration) {
+        self.does("pause");
+        std::thread::sleep(time);
+        self.does("resume");
     }
 }
 
@@ -164,66 +123,10 @@ fn cuts_killed_workers_and_pauses_lose_and_repeat_nothing() {
     let (programs, events) = if is_long() { (100, 2000) } else { (16, 160) };
     let user = User::new();
     let guest = Guest::start(&user);
-    let echoes: Vec<Echo> = (1..=programs)
-        .map(|number| Echo::new(number, number % 2 == 0))
-        .collect();
     // All of them share a processor in software: what they ask for must be less than it gives.
     let pace = Duration::from_millis(60 * programs);
-    let stop = AtomicBool::new(false);
-    let step = Step::new();
-    let connect = || guest.connect();
-    let (mut kills, mut pauses) = (0, 0);
-    let bytes: usize = std::thread::scope(|scope| {
-        let _ends = Ends(&stop);
-        scope.spawn(|| watch(&echoes, &step));
-        let clients: Vec<_> = echoes
-            .iter()
-            .map(|echo| scope.spawn(|| echo.run(&connect, pace, &stop)))
-            .collect();
-        let mut random = Random::new(2026);
-        for _ in 0..events {
-            match random.below(20) {
-                0 | 1 => {
-                    step.begins("kill the worker");
-                    guest.kill_worker();
-                    kills += 1;
-                }
-                2 => {
-                    step.begins("pause");
-                    guest.does("pause");
-                    std::thread::sleep(Duration::from_millis(random.below(40) as u64));
-                    step.begins("resume");
-                    guest.does("resume");
-                    pauses += 1;
-                }
-                _ => {
-                    step.begins("cut");
-                    let echo = &echoes[random.below(echoes.len())];
-                    echo.cut.store(true, Ordering::Relaxed);
-                }
-            }
-            if clients
-                .iter()
-                .any(std::thread::ScopedJoinHandle::is_finished)
-            {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(50 + random.below(100) as u64));
-        }
-        stop.store(true, Ordering::Relaxed);
-        let bytes = |client: std::thread::ScopedJoinHandle<usize>| {
-            step.begins("wait for a client");
-            client.join().unwrap()
-        };
-        clients.into_iter().map(bytes).sum()
-    });
-    let cuts: usize = echoes
-        .iter()
-        .map(|echo| echo.reconnects.load(Ordering::Relaxed))
-        .sum();
-    eprintln!("{bytes} bytes, {cuts} connections, {kills} workers killed, {pauses} pauses");
-    assert!(bytes > 2000 * echoes.len() && cuts > echoes.len() && kills > 0 && pauses > 0);
-    assert!(guest.restarts() >= kills, "{kills} kills");
+    let done = trial::run(&guest, programs, events, pace);
+    assert!(guest.restarts() >= done.kills, "{done:?}");
     guest.remove();
 }
 
