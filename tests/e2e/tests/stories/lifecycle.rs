@@ -249,7 +249,7 @@ fn a_port_stays_with_the_sandbox_and_its_disk_survives_a_stop() {
     user.says(&["exec", "web", "--", "cat", "/root/page"])
         .is(0, "kept\n");
     assert_eq!(
-        json(&user.says(&["ps", "-a", "web", "-o", "json"])),
+        json(&user.says(&["ps", "web", "-o", "json"])),
         Value::Array(Vec::new())
     );
     // One that was stopped is started.

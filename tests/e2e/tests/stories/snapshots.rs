@@ -393,7 +393,7 @@ while True:
 #[test]
 fn a_guest_under_load_goes_through_snapshot_restore_fork_and_reset_again_and_again() {
     let soak = std::env::var_os("BELLJAR_SOAK").is_some_and(|on| on == "1");
-    let cycles = if soak { 500 } else { 3 };
+    let cycles = if soak { 500 } else { 2 };
     let user = User::new();
     let said = user.says(&["run", "-d", "--name", "c0", "--cpus", "2"]);
     assert_eq!(said.code(), 0, "{}", said.err);
@@ -465,7 +465,7 @@ const DRAW: &str = "head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \\n'; echo; 
 fn clones_draw_different_numbers() {
     let soak = std::env::var_os("BELLJAR_SOAK").is_some_and(|on| on == "1");
     // A few at a time: processors in software have much to do with each.
-    let (rounds, each) = if soak { (200, 5) } else { (4, 5) };
+    let (rounds, each) = if soak { (200, 5) } else { (2, 5) };
     let user = User::new();
     let sandbox = user.sandbox(&["--memory", "128M"]);
     // A program that was running when the guest was saved draws, too, when it is asked.
