@@ -18,6 +18,27 @@ use crate::output;
 use crate::report;
 use crate::values::{self, Label};
 
+/// How a snapshot becomes a guest.
+#[derive(Debug, clap::Args)]
+struct GoingBack {
+    /// Root file system, if it is not where it was
+    #[arg(long, value_name = "FILE")]
+    image: Option<PathBuf>,
+
+    /// Print what it took, by stages, on standard error
+    #[arg(short = 'v', long)]
+    stages: bool,
+
+    #[command(flatten)]
+    machine: MachineOptions,
+
+    #[command(flatten)]
+    boot: BootOptions,
+
+    #[command(flatten)]
+    keeper: KeeperOptions,
+}
+
 /// Make a sandbox from a snapshot, and let it go on from there
 ///
 /// Prints the sandbox's id. It has random numbers, a clock, a host name and a machine id of its own before any
@@ -42,29 +63,15 @@ pub(crate) struct Args {
     #[arg(short, long, value_name = "KEY=VALUE", value_parser = values::label)]
     label: Vec<Label>,
 
-    /// Root file system, if it is not where it was
-    #[arg(long, value_name = "FILE")]
-    image: Option<PathBuf>,
-
-    /// Print what it took, by stages, on standard error
-    #[arg(short = 'v', long)]
-    stages: bool,
-
     #[command(flatten)]
-    machine: MachineOptions,
-
-    #[command(flatten)]
-    boot: BootOptions,
-
-    #[command(flatten)]
-    keeper: KeeperOptions,
+    going_back: GoingBack,
 }
 
 /// Returns the exit status.
 pub(crate) fn restore(args: &Args, begin: Instant) -> u8 {
     let mut stages = Stages::new(begin);
     let status = status_of(make(args, &mut stages));
-    if args.stages {
+    if args.going_back.stages {
         report::stages(&stages);
     }
     status
@@ -82,14 +89,14 @@ fn make(args: &Args, stages: &mut Stages) -> Result<u8, Failure> {
     };
     let signals = SignalFd::new(&SIGNALS).map_err(Failure::new)?;
     let limits = Limits {
-        boot: args.boot.limit(),
+        boot: args.going_back.boot.limit(),
         cancel: Some(signals.as_fd()),
     };
     let from = From {
         snapshot: &args.snapshot,
-        image: args.image.clone(),
-        keeper: &args.keeper,
-        machine: &args.machine,
+        image: args.going_back.image.clone(),
+        keeper: &args.going_back.keeper,
+        machine: &args.going_back.machine,
     };
     let sandbox = from.restore(&clone, limits, stages)?;
     let dir = sandbox.release()?;
@@ -158,29 +165,15 @@ pub(crate) struct ResetArgs {
     #[arg(value_name = "SNAPSHOT")]
     snapshot: Option<String>,
 
-    /// Root file system, if it is not where it was
-    #[arg(long, value_name = "FILE")]
-    image: Option<PathBuf>,
-
-    /// Print what it took, by stages, on standard error
-    #[arg(short = 'v', long)]
-    stages: bool,
-
     #[command(flatten)]
-    machine: MachineOptions,
-
-    #[command(flatten)]
-    boot: BootOptions,
-
-    #[command(flatten)]
-    keeper: KeeperOptions,
+    going_back: GoingBack,
 }
 
 /// Returns the exit status.
 pub(crate) fn reset(args: &ResetArgs, begin: Instant) -> u8 {
     let mut stages = Stages::new(begin);
     let status = status_of(go_back(args, &mut stages));
-    if args.stages {
+    if args.going_back.stages {
         report::stages(&stages);
     }
     status
@@ -191,16 +184,16 @@ fn go_back(args: &ResetArgs, stages: &mut Stages) -> Result<u8, Failure> {
     let found = options::find(&args.sandbox)?;
     let host = Host {
         root: &root,
-        programs: &args.machine.programs(),
-        assets: &args.machine.assets()?,
+        programs: &args.going_back.machine.programs(),
+        assets: &args.going_back.machine.assets()?,
         // Half a reset would be worse than a whole one: it is not interrupted.
         limits: Limits {
-            boot: args.boot.limit(),
+            boot: args.going_back.boot.limit(),
             cancel: None,
         },
     };
-    let keeper = args.keeper.keeper(&root);
-    let (snapshot, image) = (args.snapshot.as_deref(), args.image.clone());
+    let keeper = args.going_back.keeper.keeper(&root);
+    let (snapshot, image) = (args.snapshot.as_deref(), args.going_back.image.clone());
     let sandbox = snapshots::reset(host, &keeper, &found, snapshot, image, stages)?;
     warn(&sandbox);
     let dir = sandbox.release()?;
