@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,12 @@ from kernel import HostError, HostKernel, initramfs
 
 PR_SET_PDEATHSIG = 1
 CONSOLE_KEPT = 64 * 1024
+# Seconds between two interrupts from outside. QEMU's VMRUN and #VMEXIT change `interrupt_request` without its lock
+# (target/i386/tcg/sysemu/svm_helper.c, as of 7.2), so an interrupt that arrives just then can be forgotten: its vector
+# stays pending in the APIC until any other one comes. If the lost one was the one-shot timer of a processor, none may
+# ever come: the emulated host stands still, or runs on in a guest that it can no longer leave. (Only the first processor
+# is kicked; what needs to be certain runs with one.)
+KICK = 0.05
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 QEMU = "qemu-system-x86_64"
@@ -53,6 +60,9 @@ class Machine:
         self.mark = secrets.token_bytes(32)
         self.logs = tempfile.TemporaryFile()
         self.console = bytearray()
+        # On the instruction-counted clock nothing may come from outside, and one thread does all.
+        self.kicks = None if shape.icount else KICK
+        self.kicked = 0.0
         self.children: list[subprocess.Popen] = []
         self.inherited: list[socket.socket] = []
         try:
@@ -155,7 +165,7 @@ class Machine:
         return child
 
     def relay(self, stdout: int, stderr: int) -> int:
-        """Copies output until the command ends; returns its exit status."""
+        """Copies output until the command ends, and kicks meanwhile; returns its exit status."""
         outputs = {self.stdout: Output(stdout, self.mark), self.stderr: Output(stderr, self.mark)}
         status = None
         said = b""
@@ -166,7 +176,8 @@ class Machine:
                 # QEMU may end before its last words are read, but not without having said them.
                 if all(key.fileobj is self.serial for key in selector.get_map().values()):
                     raise HostError(f"the emulated host ended early\n{self.last_words()}")
-                for key, _ in selector.select():
+                self.kick()
+                for key, _ in selector.select(self.kicks):
                     data = key.fileobj.recv(1 << 18)
                     if not data:
                         selector.unregister(key.fileobj)
@@ -180,6 +191,16 @@ class Machine:
                     else:
                         outputs[key.fileobj].feed(data)
         return status
+
+    def kick(self) -> None:
+        """Interrupts the emulated host, at most every KICK seconds; `serve` reads what comes."""
+        if self.kicks is not None and time.monotonic() - self.kicked >= self.kicks:
+            self.kicked = time.monotonic()
+            try:
+                self.control.send(b"\n", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            except OSError:
+                # Not read yet, or no longer: there is nothing to wake.
+                pass
 
     def last_words(self) -> str:
         """What QEMU, the file servers and the kernel said last, for an error message."""
