@@ -53,6 +53,7 @@ pub fn wait_for(found: &Found, what: &What, limit: Option<Duration>) -> Result<W
                 },
             ..
         }) => Ok(Waited::Late(message)),
+        Err(error) if matches!(what, What::Output(_)) => Err(error.of_process()),
         Err(error) => Err(error),
     }
 }

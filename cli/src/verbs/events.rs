@@ -4,6 +4,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use belljar_node::process::given_name;
 use belljar_node::registry::Found;
 use belljar_node::system::Events;
 use belljar_node::v1::{self, event::What};
@@ -112,7 +113,7 @@ fn line(called: &str, event: &v1::Event) -> String {
 
 /// The event's name, and what else there is to say.
 fn words(what: Option<&What>) -> (&'static str, String) {
-    let process = |id: u64, name: &str| match name {
+    let process = |id: u64, name: &str| match given_name(name) {
         "" => format!("process {id}"),
         name => format!("process {id} ({name})"),
     };
@@ -162,18 +163,18 @@ fn document(id: &str, called: &str, event: &v1::Event) -> Value {
     });
     let more = match &event.what {
         Some(What::Started(started)) => {
-            json!({"process": started.id, "process_name": started.name, "pid": started.pid})
+            json!({"process": started.id, "process_name": given_name(&started.name), "pid": started.pid})
         }
         Some(What::Ended(ended)) => json!({
             "process": ended.id,
-            "process_name": ended.name,
+            "process_name": given_name(&ended.name),
             "status": ended.end.as_ref().map(status_of_end),
             "out_of_memory": ended.end.as_ref().is_some_and(|end| {
                 matches!(end.how, Some(v1::end::How::OutOfMemory(_)))
             }),
         }),
         Some(What::OutOfMemory(killed)) => {
-            json!({"process": killed.id, "process_name": killed.name})
+            json!({"process": killed.id, "process_name": given_name(&killed.name)})
         }
         Some(What::WatchOverflow(watch)) => json!({"watch": watch.watch.to_string()}),
         Some(What::WorkerReplaced(replaced)) => json!({"reason": replaced.reason}),

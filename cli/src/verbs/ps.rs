@@ -85,7 +85,7 @@ fn table(processes: &[v1::ProcessInfo]) -> String {
         } else {
             &info.user
         };
-        let name = given_name(info);
+        let name = given_name(&info.name);
         table.row(&[
             &info.id.to_string(),
             if name.is_empty() { "-" } else { name },
@@ -157,7 +157,7 @@ fn summary(info: &v1::ProcessInfo) -> Value {
     let limits = info.limits.unwrap_or_default();
     json!({
         "id": info.id,
-        "name": given_name(info),
+        "name": given_name(&info.name),
         "pid": info.pid,
         "argv": info.argv.iter().map(|word| text(word)).collect::<Vec<_>>(),
         "cwd": text(&info.cwd),

@@ -232,7 +232,7 @@ fn processes(before: &Sample, now: &Sample, time: Duration) -> String {
         "ID", "NAME", "PID", "USER", "CPU", "TIME", "MEMORY", "PIDS", "COMMAND",
     ]);
     for (used, info) in rows {
-        let name = given_name(info);
+        let name = given_name(&info.name);
         let words: Vec<_> = info
             .argv
             .iter()

@@ -23,6 +23,7 @@ use belljar_tree::pack::{Options, PackError, Root, pack};
 use belljar_tree::problems::Problems;
 use belljar_tree::unpack::{Owner, Rules, UnpackError, Unpacker};
 
+use super::attributes;
 use super::host::{HostFile, Sending, TreeSink, failed as host_failed, send_file};
 use super::places::{above, base_name, below, ends_with_slash, host_below, means_content};
 use super::{Guest, failed, make_link, read, read_tree, stat, write, write_tree};
@@ -226,8 +227,9 @@ pub fn in_to_guest(
     if info.is_dir() {
         return tree_in(file.into(), from, guest, &named(true)?, options, progress);
     }
+    let target = named(false)?;
     let message = v1::WriteFile {
-        path: named(false)?,
+        path: target.clone(),
         user: options.user.clone(),
         mode: Mode::Truncate.into(),
         permissions: Some(permissions(info.permissions().mode(), options)),
@@ -256,10 +258,19 @@ pub fn in_to_guest(
         }
     }
     let done = upload.finish().map_err(|error| failed(guest, error))?;
-    Ok(Copied {
+    let mut copied = Copied {
         bytes: done.bytes,
         ..Copied::default()
-    })
+    };
+    if options.archive {
+        match attributes::of_host(&file) {
+            Ok(all) => attributes::give(all, guest, &target, &options.user, &mut copied)?,
+            Err(source) => {
+                copied.problem(host_failed("read the attributes of", from, source).to_string())
+            }
+        }
+    }
+    Ok(copied)
 }
 
 fn tree_in(
@@ -332,6 +343,11 @@ fn told(problems: &Problems, at: &Path) -> Copied {
 }
 
 impl Copied {
+    pub(super) fn problem(&mut self, what: String) {
+        self.problems.push(what);
+        self.problems_total = self.problems_total.saturating_add(1);
+    }
+
     fn add(&mut self, problems: &[v1::Error], total: u64) {
         let first = problems.iter().map(|error| error.message.clone());
         self.problems.extend(first);
@@ -564,7 +580,7 @@ pub fn between(
         }
         _ => {
             let message = v1::WriteFile {
-                path: target,
+                path: target.clone(),
                 user: options.user.clone(),
                 mode: Mode::Truncate.into(),
                 permissions: Some(permissions(info.mode, options)),
@@ -588,10 +604,15 @@ pub fn between(
                 sent.map_err(|error| failed(guest, error))
             })?;
             let done = upload.finish().map_err(|error| failed(guest, error))?;
-            Ok(Copied {
+            let mut copied = Copied {
                 bytes: done.bytes,
                 ..Copied::default()
-            })
+            };
+            if options.archive {
+                let all = attributes::of_guest(source, &from, &options.user)?;
+                attributes::give(all, guest, &target, &options.user, &mut copied)?;
+            }
+            Ok(copied)
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Files of a guest: a function for each call, and copies between host and guests.
 
+mod attributes;
 mod copy;
 mod host;
 mod places;

@@ -90,10 +90,15 @@ pub fn find(root: &StateRoot, word: &str) -> Result<Found, FindError> {
             word: word.to_owned(),
             similar: similar(word, names.iter().map(|(name, _)| name.as_str())),
         }),
-        many => Err(FindError::Ambiguous {
-            word: word.to_owned(),
-            matches: many.iter().take(LISTED).map(|id| called(id)).collect(),
-        }),
+        many => {
+            let mut matches: Vec<String> = many.iter().map(|id| called(id)).collect();
+            matches.sort_unstable();
+            matches.truncate(LISTED);
+            Err(FindError::Ambiguous {
+                word: word.to_owned(),
+                matches,
+            })
+        }
     }
 }
 

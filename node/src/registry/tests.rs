@@ -58,7 +58,10 @@ fn names_ids_and_unique_beginnings_are_found() {
         assert_eq!(find(&keep.root, word).unwrap().id(), web.id(), "{word}");
     }
     let error = find(&keep.root, "web").unwrap_err();
-    assert!(matches!(&error, FindError::Ambiguous { matches, .. } if matches.len() == 2));
+    let FindError::Ambiguous { matches, .. } = error else {
+        panic!("{error}");
+    };
+    assert_eq!(matches, ["web-back", "web-front"]);
     let error = find(&keep.root, "web-bakc").unwrap_err();
     assert!(error.remedy().contains("web-back"), "{}", error.remedy());
     for word in ["", "/", "..", "nothing", "ffffffff0"] {

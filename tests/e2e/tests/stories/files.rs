@@ -291,8 +291,16 @@ fn copies_of_links_and_owners(user: &User, sandbox: &Sandbox<'_>) {
     let (kept, plain) = found.split_once('\n').unwrap();
     assert_eq!(kept, "nobody 12 4755");
     assert_eq!(plain, "root 0 755");
-    let said = fs_call(sandbox, "xattr", &["/keep/src/copy"]);
-    assert!(said.text().contains("user.a"), "{}", said.text());
+    // A file alone keeps as much, from a guest and from here; here an ordinary name space only.
+    copied(&cp(user, &["-a", &at("/src/copy"), &at("/keep/alone")]));
+    assert_eq!(
+        inside(sandbox, "stat -c '%U %g %a' /keep/alone"),
+        "nobody 12 4755"
+    );
+    for path in ["/keep/src/copy", "/keep/alone"] {
+        let said = fs_call(sandbox, "xattr", &[path]);
+        assert!(said.text().contains("user.a"), "{path}: {}", said.text());
+    }
 }
 
 /// MiB of a tree that fits in no memory of the guest.
