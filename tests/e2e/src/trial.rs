@@ -55,7 +55,7 @@ impl Step {
 
 /// Ends the story, with what everyone does, when it or one of its clients stands still.
 fn watch(echoes: &[Echo], step: &Step) {
-    const STILL: Duration = Duration::from_secs(60);
+    const STILL: Duration = Duration::from_secs(240);
     let clients = || echoes.iter().filter(|echo| !echo.has_ended());
     let progress = |echo: &Echo| echo.progress.load(Ordering::Relaxed);
     let mut last: HashMap<u64, (usize, Instant)> = HashMap::new();

@@ -277,6 +277,9 @@ fn other_things_are_waited_for(sandbox: &Sandbox<'_>) {
     sandbox.says("wait", &["--end", "brief"]).is(0, "7\n");
     let said = sandbox.says("wait", &["--end", "web", "--timeout", "100ms"]);
     assert_eq!(said.code(), 124);
+    let said = sandbox.says("wait", &["--output", "nothing", "x"]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["nothing", "belljar ps -a"]);
     let said = sandbox.says("wait", &["--output", "web", "("]);
     assert_eq!(said.code(), 125);
     said.explains(&["pattern"]);

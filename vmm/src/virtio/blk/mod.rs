@@ -34,11 +34,11 @@ const F_INDIRECT_DESC: u64 = 1 << 28;
 const F_EVENT_IDX: u64 = 1 << 29;
 
 /// What a discarded range counts as, however long: a file system frees extents, not bytes.
-const DISCARD_COST: u64 = 2 << 20;
+const DISCARD_COST: u64 = CALL_BYTES;
 
 /// Bytes moved or zeroed in one call before the event loop gets its turn. A guest that writes all it can
 /// holds up vsock for so long several times in each exchange.
-const CALL_BYTES: u64 = 2 << 20;
+const CALL_BYTES: u64 = 512 << 10;
 
 /// Token of the one host descriptor: a spent budget, completions, and orders of [`Control`].
 const WAKEUP: u16 = 0;
