@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use belljar_node::process::{self, given_name};
+use belljar_node::process::{self, given_name, is_login_shell};
 use belljar_node::v1::{self, end::How};
 use serde_json::{Value, json};
 
@@ -109,7 +109,11 @@ fn table(processes: &[v1::ProcessInfo]) -> String {
     table.render()
 }
 
-fn command(info: &v1::ProcessInfo) -> String {
+/// As it was typed, or what it is for.
+pub(super) fn command(info: &v1::ProcessInfo) -> String {
+    if is_login_shell(&info.argv) {
+        return "(login shell)".to_owned();
+    }
     let words: Vec<String> = info
         .argv
         .iter()

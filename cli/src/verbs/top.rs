@@ -15,6 +15,7 @@ use belljar_node::sys::{SIGHUP, SIGINT, SIGTERM, SignalFd};
 use belljar_node::system::{self, Stats};
 use belljar_node::v1;
 
+use super::ps;
 use super::stats::{cpu_time, load};
 use crate::failure::{Failure, status_of};
 use crate::options::BoxArg;
@@ -233,11 +234,6 @@ fn processes(before: &Sample, now: &Sample, time: Duration) -> String {
     ]);
     for (used, info) in rows {
         let name = given_name(&info.name);
-        let words: Vec<_> = info
-            .argv
-            .iter()
-            .map(|word| String::from_utf8_lossy(word))
-            .collect();
         table.row(&[
             &info.id.to_string(),
             if name.is_empty() { "-" } else { name },
@@ -251,7 +247,7 @@ fn processes(before: &Sample, now: &Sample, time: Duration) -> String {
             &cpu_time(usage(info).cpu_us),
             &output::size(usage(info).memory),
             &usage(info).pids.to_string(),
-            &words.join(" "),
+            &ps::command(info),
         ]);
     }
     table.render()

@@ -22,6 +22,13 @@ pub fn login_shell(stay: bool) -> Vec<Vec<u8>> {
         .into()
 }
 
+/// Whether these are arguments of [`login_shell`], which are nothing to show to anybody.
+#[must_use]
+pub fn is_login_shell(argv: &[Vec<u8>]) -> bool {
+    argv.get(2)
+        .is_some_and(|script| script == SCRIPT.as_bytes())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -51,5 +58,7 @@ mod tests {
     fn it_begins_at_home_or_stays() {
         assert_eq!(place(false), "/\n/bin/sh\n");
         assert_eq!(place(true), "/proc\n/bin/sh\n");
+        assert!(is_login_shell(&login_shell(true)));
+        assert!(!is_login_shell(&[b"sh".to_vec()]));
     }
 }

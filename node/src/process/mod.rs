@@ -27,7 +27,7 @@ pub use calls::{
 pub use dial::{Dial, DirectDial};
 pub use error::SessionError;
 pub use keys::{DetachKeys, KeysError};
-pub use login::login_shell;
+pub use login::{is_login_shell, login_shell};
 pub use outcome::{Outcome, exit_status};
 pub use pump::{Io, Notice, OnInterrupt, Patience, SIGNALS, TERMINAL_SIGNALS, run};
 pub use session::{Channel, Session, Started};
