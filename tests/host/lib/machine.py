@@ -178,7 +178,11 @@ class Machine:
                     raise HostError(f"the emulated host ended early\n{self.last_words()}")
                 self.kick()
                 for key, _ in selector.select(self.kicks):
-                    data = key.fileobj.recv(1 << 18)
+                    try:
+                        data = key.fileobj.recv(1 << 18)
+                    except ConnectionResetError:
+                        # QEMU ended with a kick unread.
+                        data = b""
                     if not data:
                         selector.unregister(key.fileobj)
                     elif key.fileobj is self.serial:
