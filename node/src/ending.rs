@@ -23,6 +23,8 @@ pub enum Meaning {
     TripleFault,
     /// KVM could not go on.
     KvmFailed,
+    /// Its memory could not be brought in any more.
+    NoPages,
     /// Stopped through its API.
     Stopped,
     /// A status with no meaning here.
@@ -46,6 +48,7 @@ impl Meaning {
             18 => Self::TripleFault,
             19 => Self::KvmFailed,
             20 => Self::Stopped,
+            21 => Self::NoPages,
             other => Self::UnknownStatus(other),
         }
     }
@@ -61,6 +64,7 @@ impl fmt::Display for Meaning {
             Self::Panicked => f.write_str("the guest kernel panicked"),
             Self::TripleFault => f.write_str("the guest's CPU stopped with a triple fault"),
             Self::KvmFailed => f.write_str("KVM could not run the guest any further"),
+            Self::NoPages => f.write_str("pages of the guest's memory could not be had any more"),
             Self::Stopped => f.write_str("the VMM was stopped through its API"),
             Self::UnknownStatus(status) => write!(f, "the VMM ended with status {status}"),
             Self::Signalled(signal) => write!(f, "the VMM was killed by {}", signal_name(*signal)),
@@ -126,6 +130,7 @@ mod tests {
             (18, Meaning::TripleFault),
             (19, Meaning::KvmFailed),
             (20, Meaning::Stopped),
+            (21, Meaning::NoPages),
             (3, Meaning::UnknownStatus(3)),
         ] {
             assert_eq!(Meaning::of_status(status), meaning);

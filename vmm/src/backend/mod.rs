@@ -9,5 +9,6 @@ pub mod inherited;
 mod iovec;
 pub mod layers;
 pub mod output;
+pub mod page_handler;
 pub mod unix;
 pub mod uring;

@@ -60,8 +60,7 @@ pub struct WorkingSetRecord {
 #[serde(try_from = "RawLoad")]
 pub struct SnapshotLoad {
     pub snapshot_path: Source,
-    /// A memory file, which must not change while the guest runs.
-    pub mem_file_path: Source,
+    pub memory: MemoryBackend,
     /// Whether the guest runs at once.
     pub resume_vm: bool,
     /// Pages to bring in before the guest runs, as recorded by `/snapshot/working-set`.
@@ -76,6 +75,48 @@ pub struct SnapshotLoad {
     pub drives: BTreeMap<String, DriveOverride>,
     /// Ours: nothing is opened by a path in the snapshot; what has no override is refused.
     pub only_overrides: bool,
+}
+
+/// Where a guest's RAM comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MemoryBackend {
+    /// A memory file, which must not change while the guest runs.
+    File(Source),
+    /// A process that brings pages in when they are first touched.
+    Handler {
+        /// The Unix socket that it listens on, or one that is connected to it.
+        socket: Source,
+        /// Ours: the memory file that it fills. `None`: RAM is anonymous.
+        template: Option<Source>,
+    },
+}
+
+impl MemoryBackend {
+    fn sources(&self) -> impl Iterator<Item = (&'static str, &Source)> {
+        let (path, template) = match self {
+            Self::File(path) => (path, None),
+            Self::Handler { socket, template } => (socket, template.as_ref()),
+        };
+        let template = template.map(|path| ("mem_backend.template_path", path));
+        [("mem_backend", path)].into_iter().chain(template)
+    }
+}
+
+impl TryFrom<RawBackend> for MemoryBackend {
+    type Error = ConfigError;
+    fn try_from(raw: RawBackend) -> Result<Self, ConfigError> {
+        match raw.backend_type {
+            RawBackendType::Uffd => Ok(Self::Handler {
+                socket: raw.backend_path,
+                template: raw.template_path,
+            }),
+            RawBackendType::File if raw.template_path.is_some() => Err(ConfigError::new(
+                "mem_backend.template_path",
+                "it goes with \"backend_type\": \"Uffd\"",
+            )),
+            RawBackendType::File => Ok(Self::File(raw.backend_path)),
+        }
+    }
 }
 
 /// Other files for a drive.
@@ -126,6 +167,8 @@ struct RawLoad {
 struct RawBackend {
     backend_type: RawBackendType,
     backend_path: Source,
+    #[serde(default)]
+    template_path: Option<Source>,
 }
 
 #[derive(Deserialize)]
@@ -153,21 +196,9 @@ struct RawDrive {
 impl TryFrom<RawLoad> for SnapshotLoad {
     type Error = ConfigError;
     fn try_from(raw: RawLoad) -> Result<Self, ConfigError> {
-        let mem_file_path = match (raw.mem_file_path, raw.mem_backend) {
-            (Some(path), None) => path,
-            (
-                None,
-                Some(RawBackend {
-                    backend_type: RawBackendType::File,
-                    backend_path,
-                }),
-            ) => backend_path,
-            (None, Some(_)) => {
-                return Err(ConfigError::new(
-                    "mem_backend.backend_type",
-                    "\"Uffd\" is not offered by this version; use \"File\"",
-                ));
-            }
+        let memory = match (raw.mem_file_path, raw.mem_backend) {
+            (Some(path), None) => MemoryBackend::File(path),
+            (None, Some(backend)) => backend.try_into()?,
             _ => {
                 return Err(ConfigError::new(
                     "mem_backend",
@@ -175,6 +206,13 @@ impl TryFrom<RawLoad> for SnapshotLoad {
                 ));
             }
         };
+        let handled = matches!(memory, MemoryBackend::Handler { template: None, .. });
+        if handled && raw.working_set.is_some() {
+            return Err(ConfigError::new(
+                "working_set",
+                "with \"Uffd\" the page-fault handler brings pages in: give it the recording",
+            ));
+        }
         refuse(
             "network_overrides",
             raw.network_overrides.first(),
@@ -207,7 +245,7 @@ impl TryFrom<RawLoad> for SnapshotLoad {
         }
         Ok(Self {
             snapshot_path: raw.snapshot_path,
-            mem_file_path,
+            memory,
             resume_vm: raw.resume_vm,
             working_set: raw.working_set,
             track_dirty_pages: raw.enable_diff_snapshots == Some(true)
@@ -223,23 +261,21 @@ impl TryFrom<RawLoad> for SnapshotLoad {
 impl SnapshotLoad {
     /// All sources, each with the field it stands in.
     pub fn sources(&self) -> impl Iterator<Item = (&'static str, &Source)> {
-        [
-            ("snapshot_path", &self.snapshot_path),
-            ("mem_file_path", &self.mem_file_path),
-        ]
-        .into_iter()
-        .chain(
-            self.working_set
-                .iter()
-                .map(|source| ("working_set", source)),
-        )
-        .chain(self.vsock.iter().map(|source| ("vsock_override", source)))
-        .chain(
-            self.drives
-                .values()
-                .flat_map(DriveOverride::sources)
-                .map(|source| ("drive_overrides", source)),
-        )
+        [("snapshot_path", &self.snapshot_path)]
+            .into_iter()
+            .chain(self.memory.sources())
+            .chain(
+                self.working_set
+                    .iter()
+                    .map(|source| ("working_set", source)),
+            )
+            .chain(self.vsock.iter().map(|source| ("vsock_override", source)))
+            .chain(
+                self.drives
+                    .values()
+                    .flat_map(DriveOverride::sources)
+                    .map(|source| ("drive_overrides", source)),
+            )
     }
 }
 
@@ -261,7 +297,7 @@ mod tests {
                 "drive_overrides": [{"drive_id": "a", "path_on_host": "other"}]}"#,
         )
         .unwrap();
-        assert_eq!(load.mem_file_path, Source::Fd("ram".into()));
+        assert_eq!(load.memory, MemoryBackend::File(Source::Fd("ram".into())));
         assert!(load.resume_vm && !load.clock_realtime);
         assert_eq!(load.drives.len(), 1);
         assert_eq!(load.sources().count(), 4);
@@ -276,8 +312,12 @@ mod tests {
                 "exactly one",
             ),
             (
-                r#","mem_backend":{"backend_type":"Uffd","backend_path":"m"}"#,
-                "Uffd",
+                r#","mem_backend":{"backend_type":"File","backend_path":"m","template_path":"t"}"#,
+                "template_path",
+            ),
+            (
+                r#","mem_backend":{"backend_type":"Uffd","backend_path":"m"},"working_set":"w""#,
+                "working_set",
             ),
             (
                 r#","mem_file_path":"m","network_overrides":[{}]"#,
@@ -296,6 +336,22 @@ mod tests {
             let error = load(&format!(r#"{{"snapshot_path":"s"{fields}}}"#)).unwrap_err();
             assert!(error.contains(text), "{error} does not say {text}");
         }
+    }
+
+    #[test]
+    fn a_handler_may_fill_a_template() {
+        let load = |more: &str| {
+            load(&format!(
+                r#"{{"snapshot_path": "s", "mem_backend": {{"backend_type": "Uffd", "backend_path": "fd:h"{more}}}}}"#
+            ))
+            .unwrap()
+        };
+        let MemoryBackend::Handler { socket, template } = load("").memory else {
+            panic!("not handled");
+        };
+        assert_eq!((socket, template), (Source::Fd("h".into()), None));
+        let both = load(r#", "template_path": "fd:ram""#);
+        assert_eq!(both.sources().count(), 3);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! that costs a millisecond in the rare case and needs no handler state.
 use std::cell::OnceCell;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -54,6 +55,8 @@ pub enum VcpuError {
 pub enum Fault {
     /// The guest's exception handlers failed three deep: KVM_EXIT_SHUTDOWN.
     TripleFault,
+    /// The page of RAM at this guest-physical address cannot be had on the host.
+    NoPage(u64),
     /// KVM could not go on; the text says how it put it.
     Internal(String),
 }
@@ -80,6 +83,18 @@ pub struct GuestBus {
     pub ports: Bus,
     pub mmio: Bus,
     pub exits: ExitCounters,
+    /// Guest-physical addresses of RAM, where no exit comes from as long as its pages can be had.
+    pub ram: Vec<Range<u64>>,
+}
+
+impl GuestBus {
+    /// Where KVM cannot reach a page on the host, it takes the address for that of a device.
+    fn check_no_ram(&self, address: u64) -> Result<(), Fault> {
+        if self.ram.iter().any(|range| range.contains(&address)) {
+            return Err(Fault::NoPage(address));
+        }
+        Ok(())
+    }
 }
 
 /// A vCPU before it has a thread.
@@ -465,6 +480,9 @@ impl Runner {
                 ExitCounters::count(&bus.exits.interrupted);
                 Ok(())
             }
+            Err(e) if e.errno() == libc::EFAULT => Err(Fault::Internal(
+                "a page of guest RAM cannot be had (KVM_RUN: EFAULT)".into(),
+            )),
             Err(e) => Err(Fault::Internal(format!("KVM_RUN failed: {e}"))),
         }
     }
@@ -473,10 +491,12 @@ impl Runner {
 fn handle(bus: &GuestBus, exit: VcpuExit<'_>) -> Result<(), Fault> {
     match exit {
         VcpuExit::MmioRead(address, data) => {
+            bus.check_no_ram(address)?;
             ExitCounters::count(&bus.exits.mmio_read);
             bus.mmio.read(address, data);
         }
         VcpuExit::MmioWrite(address, data) => {
+            bus.check_no_ram(address)?;
             ExitCounters::count(&bus.exits.mmio_write);
             bus.mmio.write(address, data);
         }

@@ -22,6 +22,7 @@ use crate::arch::x86_64::mptable::{self, MpTableError};
 use crate::arch::x86_64::{layout, registers};
 use crate::backend::disk::{Disk, FileId};
 use crate::backend::layers::{self, Named};
+use crate::backend::page_handler::HandlerError;
 use crate::backend::unix::{ListenError, Listener, SocketFile};
 use crate::bus::{BusDevice, BusError};
 use crate::config::{
@@ -31,7 +32,7 @@ use crate::kvm::{GuestBus, Vcpu, VcpuError, VcpuThread, Vm, VmError};
 use crate::legacy::{self, MachineEvents, SerialRegisters};
 use crate::log_debug;
 use crate::memory::registers::{RegisterPage, register_pages};
-use crate::memory::{GuestRam, MemoryError};
+use crate::memory::{GuestRam, MemoryError, slots};
 use crate::metrics::Registry;
 use crate::virtio::balloon::{Balloon, BalloonHandle};
 use crate::virtio::blk;
@@ -77,6 +78,8 @@ pub(super) enum AssembleError {
         what: &'static str,
         source: io::Error,
     },
+    #[error("mem_backend: {path}: {source}")]
+    Handler { path: String, source: HandlerError },
     #[error("no kernel is configured")]
     NoKernel,
     #[error(
@@ -222,8 +225,14 @@ impl<'a> Builder<'a> {
     pub(super) fn new(vm: &'a mut Vm, memory: GuestMemory, parts: Parts<'a>) -> Self {
         Self {
             vm,
+            bus: GuestBus {
+                ram: slots(&memory.ram)
+                    .iter()
+                    .map(|slot| slot.guest_start..slot.guest_start + slot.len)
+                    .collect(),
+                ..GuestBus::default()
+            },
             memory,
-            bus: GuestBus::default(),
             devices: Vec::new(),
             windows: Vec::new(),
             claimed: Vec::new(),

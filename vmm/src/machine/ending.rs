@@ -12,6 +12,8 @@ pub enum Ending {
     TripleFault,
     /// KVM could not go on; the text says why.
     Internal(String),
+    /// Pages of the guest's RAM cannot be had any more; the text says why.
+    NoPages(String),
     /// `Stop` through the API, or a signal that asks to end.
     Stopped,
     /// We failed; the text says at what.
@@ -28,6 +30,7 @@ impl Ending {
             Self::TripleFault => 18,
             Self::Internal(_) => 19,
             Self::Stopped => 20,
+            Self::NoPages(_) => 21,
         }
     }
 
@@ -45,6 +48,10 @@ impl Ending {
     pub fn of_fault(fault: Fault) -> Self {
         match fault {
             Fault::TripleFault => Self::TripleFault,
+            Fault::NoPage(address) => Self::NoPages(format!(
+                "the guest's page at {:#x} cannot be had: it was not given",
+                address & !0xfff
+            )),
             Fault::Internal(what) => Self::Internal(what),
         }
     }
@@ -59,7 +66,7 @@ impl fmt::Display for Ending {
             Self::TripleFault => write!(f, "triple fault: the guest reset its processor"),
             Self::Internal(what) => write!(f, "KVM could not go on: {what}"),
             Self::Stopped => write!(f, "stopped on request"),
-            Self::Failed(what) => write!(f, "{what}"),
+            Self::NoPages(what) | Self::Failed(what) => write!(f, "{what}"),
         }
     }
 }

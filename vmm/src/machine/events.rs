@@ -9,6 +9,8 @@ use std::sync::{Arc, Mutex};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::ending::Ending;
+use super::faults::Completed;
 use crate::kvm::Fault;
 use crate::legacy::MachineEvent;
 use crate::virtio::mmio::{Transport, lock};
@@ -18,6 +20,9 @@ use crate::virtio::mmio::{Transport, lock};
 pub(super) enum Notice {
     Event(MachineEvent),
     Fault(Fault),
+    Ending(Ending),
+    /// Guest RAM is complete, or cannot be completed; for the call that waited for it.
+    Completed(Box<Completed>),
 }
 
 /// The sending end of the notices. What a guest tells is passed on the first time only: it can

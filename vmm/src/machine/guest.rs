@@ -12,6 +12,7 @@ use crate::legacy::SerialRegisters;
 use crate::log_warn;
 use crate::memory::changes::Changes;
 use crate::memory::discard::{AnonymousPages, GuestPages};
+use crate::memory::handled::Faults;
 use crate::memory::template::{self, TemplatePages, Zeroed};
 use crate::memory::working_set::WorkingSet;
 use crate::memory::{GuestRam, MemoryError};
@@ -41,6 +42,8 @@ pub(super) struct GuestMemory {
     pub(super) ram: Arc<GuestRam>,
     /// The memory file that RAM is a private view of, if the guest was restored.
     pub(super) template: Option<File>,
+    /// If another process brings its pages in.
+    pub(super) faults: Option<Arc<Faults>>,
     /// What the balloon took.
     pub(super) zeroed: Zeroed,
     /// What was written since the last snapshot. Shared with whoever still writes one.
@@ -53,6 +56,7 @@ impl GuestMemory {
         Self {
             ram,
             template: None,
+            faults: None,
             changes: Arc::new(Mutex::new(Changes::new(zeroed.clone()))),
             zeroed,
         }
@@ -63,6 +67,33 @@ impl GuestMemory {
             template: Some(template),
             ..Self::booted(ram)
         }
+    }
+
+    /// Missing pages are somebody else's to bring: anonymous ones, or such of a template.
+    pub(super) fn handled(
+        ram: Arc<GuestRam>,
+        template: Option<File>,
+        faults: Arc<Faults>,
+    ) -> Result<Self, MemoryError> {
+        let zeroed = Zeroed::default();
+        let changes = Changes::beside(zeroed.clone(), &faults).map_err(MemoryError::Watch)?;
+        Ok(Self {
+            ram,
+            template,
+            faults: Some(faults),
+            zeroed,
+            changes: Arc::new(Mutex::new(changes)),
+        })
+    }
+
+    /// The faults that must be waited for before all of RAM can be read.
+    pub(super) fn incomplete(&self) -> Option<&Arc<Faults>> {
+        self.faults.as_ref().filter(|faults| !faults.is_complete())
+    }
+
+    /// Whether it was loaded, and can be made what it was then.
+    pub(super) fn can_go_back(&self) -> bool {
+        self.template.is_some()
     }
 
     /// Watches changes from now on.
@@ -76,7 +107,8 @@ impl GuestMemory {
         let Some(template) = &self.template else {
             return Ok(false);
         };
-        template::go_back(&self.ram, template, &self.zeroed).map_err(MemoryError::GoBack)?;
+        template::go_back(&self.ram, template, &self.zeroed, self.faults.as_deref())
+            .map_err(MemoryError::GoBack)?;
         let mut changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
         changes.forget();
         Ok(true)

@@ -5,6 +5,7 @@ mod assemble;
 mod devices;
 mod ending;
 mod events;
+mod faults;
 mod guest;
 mod image;
 mod restore;

@@ -1,6 +1,7 @@
 //! Building a guest from a snapshot. Nothing of the file is trusted: see `snapshot`.
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -8,18 +9,21 @@ use super::assemble::{
     AssembleError, Builder, Parts, Prepared, Result as Assembled, write_generation_id,
 };
 use super::events::DeviceEvents;
+use super::events::Notifier;
+use super::faults::{self, EndNow};
 use super::guest::{Guest, GuestMemory, Origin, PAUSE_WITHIN};
 use crate::api::Fault;
 use crate::arch::x86_64::{cpuid, layout};
+use crate::backend::page_handler::{HandlerError, PageHandler};
 use crate::config::{
-    Descriptors, Discovery, Drive, DriveOverride, Expect, Format, MAX_LAYERS, OpenError,
-    SnapshotLoad, Source, VmConfig, Vsock,
+    Descriptors, Discovery, Drive, DriveOverride, Expect, Format, MAX_LAYERS, MemoryBackend,
+    OpenError, SnapshotLoad, Source, VmConfig, Vsock,
 };
 use crate::kvm::{Vcpu, Vm};
 use crate::log_debug;
-use crate::memory::GuestRam;
-use crate::memory::template;
+use crate::memory::handled::{self, Faults};
 use crate::memory::working_set::{self, WorkingSet, WorkingSetError};
+use crate::memory::{self, GuestRam, template};
 use crate::snapshot::{self, FormatError, Saved, format};
 use crate::virtio::device::{InterruptLine, RestoreError};
 use crate::virtio::mmio::{Transport, TransportState, lock};
@@ -40,6 +44,8 @@ pub(super) enum LoadError {
         found: u64,
         wanted: u64,
     },
+    #[error("mem_backend: {path}: {source}")]
+    Handler { path: String, source: HandlerError },
     #[error("working_set: {path}: {source}")]
     WorkingSet {
         path: String,
@@ -58,10 +64,116 @@ pub(super) enum LoadError {
 /// A snapshot whose files were looked at.
 pub(super) struct Snapshot {
     saved: Saved,
-    ram: File,
+    ram: Ram,
     working_set: WorkingSet,
     track: bool,
     advance: bool,
+}
+
+/// Where RAM comes from.
+enum Ram {
+    File(File),
+    Handled {
+        /// For messages.
+        path: String,
+        handler: PageHandler,
+        /// What the handler fills, if it is not RAM itself.
+        template: Option<File>,
+    },
+}
+
+impl Ram {
+    fn open(
+        backend: &MemoryBackend,
+        wanted: u64,
+        descriptors: &Descriptors,
+    ) -> Result<Self, LoadError> {
+        match backend {
+            MemoryBackend::File(source) => {
+                memory_file("mem_backend", source, wanted, descriptors).map(Self::File)
+            }
+            MemoryBackend::Handler { socket, template } => {
+                let template = template.as_ref().map(|source| {
+                    memory_file("mem_backend.template_path", source, wanted, descriptors)
+                });
+                let template = template.transpose()?;
+                let path = socket.to_string();
+                let handler = match socket {
+                    Source::Path(path) => PageHandler::connect(path),
+                    Source::Fd(name) => {
+                        PageHandler::from_fd(descriptors.duplicate("mem_backend", name)?)
+                    }
+                };
+                match handler {
+                    Ok(handler) => Ok(Self::Handled {
+                        path,
+                        handler,
+                        template,
+                    }),
+                    Err(source) => Err(LoadError::Handler { path, source }),
+                }
+            }
+        }
+    }
+
+    /// Maps it.
+    fn map(self, mib: u64, notifier: &Notifier, end_now: EndNow) -> Assembled<GuestMemory> {
+        let (path, handler, template) = match self {
+            Self::File(file) => {
+                let ram = Arc::new(template::map_file(&file, mib)?);
+                return Ok(GuestMemory::restored(ram, file));
+            }
+            Self::Handled {
+                path,
+                handler,
+                template,
+            } => (path, handler, template),
+        };
+        let ram = Arc::new(match &template {
+            Some(file) => template::map_file(file, mib)?,
+            None => memory::allocate(mib)?,
+        });
+        let faults = Faults::begin(&ram, template.is_none())?;
+        let regions = handled::regions(&ram);
+        let message = serde_json::to_vec(&regions).map_err(|e| AssembleError::Device {
+            what: "regions of guest RAM",
+            source: e.into(),
+        })?;
+        handler
+            .hand_over(&message, faults.as_fd())
+            .map_err(|source| AssembleError::Handler { path, source })?;
+        // Before anything touches a page.
+        faults::watch(handler, regions, notifier.clone(), end_now).map_err(|source| {
+            AssembleError::Device {
+                what: "page-fault handler",
+                source,
+            }
+        })?;
+        Ok(GuestMemory::handled(ram, template, Arc::new(faults))?)
+    }
+}
+
+/// A file as long as RAM.
+fn memory_file(
+    field: &str,
+    source: &Source,
+    wanted: u64,
+    descriptors: &Descriptors,
+) -> Result<File, LoadError> {
+    let file = descriptors.open(field, source, Expect::ReadFile)?;
+    let path = source.to_string();
+    let found = match file.metadata() {
+        Ok(metadata) => metadata.len(),
+        Err(source) => return Err(LoadError::Read { path, source }),
+    };
+    if found != wanted {
+        return Err(LoadError::MemorySize {
+            path,
+            found,
+            wanted,
+        });
+    }
+    Ok(file)
 }
 
 impl Snapshot {
@@ -85,24 +197,13 @@ impl Snapshot {
         let mut saved =
             snapshot::decode(&bytes).map_err(|source| LoadError::Format { path, source })?;
         override_config(&mut saved.config, load, own)?;
-        let ram = descriptors.open("mem_backend", &load.mem_file_path, Expect::ReadFile)?;
-        let path = load.mem_file_path.to_string();
-        let found = match ram.metadata() {
-            Ok(metadata) => metadata.len(),
-            Err(source) => return Err(LoadError::Read { path, source }),
-        };
         let wanted = u64::from(saved.config.machine_config.mem_size_mib) << 20;
-        if found != wanted {
-            return Err(LoadError::MemorySize {
-                path,
-                found,
-                wanted,
-            });
-        }
         let working_set = match &load.working_set {
             Some(source) => read_working_set(source, descriptors)?,
             None => WorkingSet::default(),
         };
+        // A handler is told last, when nothing else can be wrong.
+        let ram = Ram::open(&load.memory, wanted, descriptors)?;
         Ok(Self {
             saved,
             ram,
@@ -118,7 +219,12 @@ impl Snapshot {
     }
 
     /// Builds the guest; its vCPUs are paused.
-    pub(super) fn restore(self, prepared: Prepared, parts: Parts<'_>) -> Assembled<Guest> {
+    pub(super) fn restore(
+        self,
+        prepared: Prepared,
+        parts: Parts<'_>,
+        end_now: EndNow,
+    ) -> Assembled<Guest> {
         let saved = &self.saved;
         let Prepared {
             mut vm,
@@ -133,8 +239,8 @@ impl Snapshot {
             log_debug!("{what}: {} us into the load", started.elapsed().as_micros());
         };
         let mib = u64::from(saved.config.machine_config.mem_size_mib);
-        let ram = Arc::new(template::map_file(&self.ram, mib)?);
-        let memory = GuestMemory::restored(Arc::clone(&ram), self.ram);
+        let memory = self.ram.map(mib, parts.notifier, end_now)?;
+        let ram = Arc::clone(&memory.ram);
         if self.track {
             memory.watch()?;
         }

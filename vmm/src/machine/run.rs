@@ -12,7 +12,8 @@ use super::ahead::{Ahead, StartPart};
 use super::assemble::{self, Parts, Prepared};
 use super::ending::Ending;
 use super::events::{Notice, Notices, Notifier, Subscriber, Woken};
-use super::guest::Guest;
+use super::faults::{self, Completed, EndNow};
+use super::guest::{Guest, GuestMemory};
 use super::save::{self, Capture, Files, us};
 use super::{restore, signals};
 use crate::api::args::{self, Args, Invocation};
@@ -24,9 +25,11 @@ use crate::backend::behind::Child;
 use crate::backend::inherited;
 use crate::backend::unix::SocketFile;
 use crate::config::{
-    Expect, Logger, SnapshotCreate, SnapshotLoad, SnapshotReset, Source, VmConfig, WorkingSetRecord,
+    Expect, Logger, SnapshotCreate, SnapshotLoad, SnapshotReset, SnapshotType, Source, VmConfig,
+    WorkingSetRecord,
 };
 use crate::legacy::MachineEvent;
+use crate::memory::handled::Faults;
 use crate::metrics::{FLUSH_PERIOD, Metrics, Registry};
 use crate::{log, log_debug, log_error, log_info, log_limited, log_warn};
 
@@ -115,6 +118,8 @@ struct Machine {
     captured: Option<Captured>,
     /// Waits for the last one that was written behind the running guest.
     writing: Option<JoinHandle<()>>,
+    /// RAM is being completed for a snapshot.
+    completing: bool,
     boot_timer: bool,
     started: Instant,
     guest_started: Option<Instant>,
@@ -196,6 +201,7 @@ impl Machine {
             sockets,
             captured: None,
             writing: None,
+            completing: false,
             boot_timer: args.boot_timer,
             started,
             guest_started: None,
@@ -310,6 +316,11 @@ impl Machine {
                 }
                 Notice::Event(event) => Ending::of_event(event),
                 Notice::Fault(fault) => Some(Ending::of_fault(fault)),
+                Notice::Ending(ending) => Some(ending),
+                Notice::Completed(completed) => {
+                    self.go_on_with(*completed);
+                    None
+                }
             };
             // The first says why; what follows is its consequence.
             if let Some(ending) = ending {
@@ -335,11 +346,19 @@ impl Machine {
             fds,
             reply,
         } = command;
+        if let Err(fault) = self.configurator.add_descriptors(fds) {
+            return reply.send(Err(fault));
+        }
+        match self.needs_complete_ram(&request) {
+            Ok(None) => self.take_request(request, reply),
+            Ok(Some(faults)) => self.complete_for(request, reply, faults),
+            Err(fault) => reply.send(Err(fault)),
+        }
+    }
+
+    fn take_request(&mut self, request: Request, reply: Reply) {
         let part = StartPart::of(&request);
-        let outcome = self
-            .configurator
-            .add_descriptors(fds)
-            .and_then(|()| self.apply(request));
+        let outcome = self.apply(request);
         let worked = outcome.is_ok();
         match (self.captured.take(), outcome) {
             (Some(captured), Ok(_)) => self.write_behind(captured, reply),
@@ -348,6 +367,64 @@ impl Machine {
         if let (Some(part), true) = (part, worked) {
             self.get_ahead(part);
         }
+    }
+
+    /// The faults to wait for before this call: a full snapshot of a guest whose pages somebody else brings in.
+    fn needs_complete_ram(&mut self, request: &Request) -> Result<Option<Arc<Faults>>, Fault> {
+        let Request::CreateSnapshot(create) = request else {
+            return Ok(None);
+        };
+        let memory = self.guest.as_ref().map(|guest| &guest.memory);
+        let faults = memory.and_then(GuestMemory::incomplete);
+        let Some(faults) = faults
+            .filter(|_| create.snapshot_type == SnapshotType::Full)
+            .cloned()
+        else {
+            return Ok(None);
+        };
+        // What is refused is refused at once.
+        self.configurator.apply(request.clone())?;
+        if self.completing {
+            return Err(Fault::new(
+                "/snapshot/create: all of RAM is being brought in for another snapshot; wait for its answer",
+            ));
+        }
+        Ok(Some(faults))
+    }
+
+    /// The event loop goes on meanwhile.
+    fn complete_for(&mut self, request: Request, reply: Reply, faults: Arc<Faults>) {
+        let Some(guest) = &self.guest else {
+            return;
+        };
+        let (ram, zeroed) = (Arc::clone(&guest.memory.ram), guest.memory.zeroed.clone());
+        match faults::complete_for(request, reply, faults, ram, zeroed, self.notifier.clone()) {
+            Ok(()) => self.completing = true,
+            // The reply went with the thread, and says that nothing came of it.
+            Err(error) => log_error!("no thread to bring in guest RAM: {error}"),
+        }
+    }
+
+    fn go_on_with(&mut self, completed: Completed) {
+        let Completed {
+            request,
+            reply,
+            outcome,
+        } = completed;
+        self.completing = false;
+        match outcome {
+            Ok(()) => self.take_request(request, reply),
+            Err(error) => reply.send(Err(Fault::from_error(error))),
+        }
+    }
+
+    /// Ends the process as [`Action::Stop`] does.
+    fn end_now(&self) -> EndNow {
+        let files = Arc::clone(&self.sockets);
+        Arc::new(move |ending| {
+            remove(&files);
+            std::process::exit(ending.exit_code());
+        })
     }
 
     /// What fails here fails again at the start, where somebody waits for the answer.
@@ -490,6 +567,16 @@ impl Machine {
                 "/snapshot/reset: this guest was not loaded from a snapshot",
             ));
         }
+        if self
+            .guest
+            .as_ref()
+            .is_some_and(|guest| !guest.memory.can_go_back())
+        {
+            return Err(Fault::new(
+                "/snapshot/reset: a page-fault handler gave this guest its pages, and gives each once; load the \
+                 snapshot into another VMM",
+            ));
+        }
         let started = Instant::now();
         if self.configurator.phase() == Phase::Running {
             self.pause()?;
@@ -512,6 +599,11 @@ impl Machine {
         let Some(guest) = &self.guest else {
             return Err(Fault::new("the guest has not been started"));
         };
+        if guest.memory.faults.is_some() && guest.memory.template.is_none() {
+            return Err(Fault::new(
+                "/snapshot/working-set: a page-fault handler brings this guest's pages in, and sees which",
+            ));
+        }
         save::record_working_set(guest, self.configurator.descriptors(), record)
             .map_err(Fault::from_error)
     }
@@ -564,6 +656,7 @@ impl Machine {
                 metrics: self.metrics.registry(),
                 sockets: &mut made,
             },
+            self.end_now(),
         );
         self.guest = Some(self.keep_sockets(made, restored)?);
         self.configurator.adopt(config);

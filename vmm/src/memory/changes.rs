@@ -6,11 +6,13 @@
 //! guest's back the scan cannot see: it is kept in [`Zeroed`].
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
 
+use super::handled::Faults;
 use super::ranges::RangeSet;
 use super::template::Zeroed;
-use super::userfault::{Userfault, WP_ASYNC, WP_HUGETLBFS_SHMEM};
-use super::{GuestRam, scan, slots};
+use super::userfault::{self, Userfault};
+use super::{GuestRam, Slot, scan, slots};
 
 /// The changes of one guest.
 pub struct Changes {
@@ -25,8 +27,10 @@ pub struct Changes {
 enum Watch {
     NotYet,
     On {
-        fault: Userfault,
+        fault: Arc<Userfault>,
         pagemap: File,
+        /// The same descriptor tells missing pages, as a range can have one only.
+        missing: bool,
     },
     /// This kernel cannot, and was asked once.
     Impossible,
@@ -53,23 +57,63 @@ impl Changes {
         }
     }
 
+    /// Of a guest whose missing pages are handled by somebody.
+    pub fn beside(zeroed: Zeroed, faults: &Faults) -> io::Result<Self> {
+        let fault = faults.userfault();
+        let watch = if fault.tells_writes() {
+            Watch::On {
+                fault,
+                pagemap: File::open("/proc/self/pagemap")?,
+                missing: true,
+            }
+        } else {
+            Watch::Impossible
+        };
+        Ok(Self {
+            watch,
+            ..Self::new(zeroed)
+        })
+    }
+
     /// Watches from now on. While it does, the kernel maps single pages where the guest reads, too.
     pub fn watch(&mut self, ram: &GuestRam) -> io::Result<()> {
         self.begin()?;
-        if let Watch::On { fault, .. } = &self.watch {
-            for slot in slots(ram) {
-                fault.register(&(slot.host_start..slot.host_start + slot.len))?;
-            }
+        for slot in slots(ram) {
+            self.register(&slot)?;
         }
         Ok(())
     }
 
+    /// Watches a region, also what the balloon has mapped anew.
+    fn register(&self, slot: &Slot) -> io::Result<()> {
+        let Watch::On { fault, missing, .. } = &self.watch else {
+            return Ok(());
+        };
+        let whole = slot.host_range();
+        if !missing {
+            return fault.register(&whole, userfault::Watch::Writes);
+        }
+        // What was given back is zero where it is missing: nobody need be asked.
+        let mut asked = RangeSet::default();
+        asked.insert(whole);
+        for range in self.zeroed.get().within(&slot.guest_range()) {
+            let start = slot.host_start + (range.start - slot.guest_start);
+            let host = start..start + (range.end - range.start);
+            fault.register(&host, userfault::Watch::Writes)?;
+            asked.remove(host);
+        }
+        asked
+            .iter()
+            .try_for_each(|range| fault.register(&range, userfault::Watch::Both))
+    }
+
     fn begin(&mut self) -> io::Result<()> {
         if matches!(self.watch, Watch::NotYet) {
-            self.watch = match Userfault::new(WP_ASYNC | WP_HUGETLBFS_SHMEM) {
+            self.watch = match Userfault::for_writes() {
                 Ok(fault) => Watch::On {
-                    fault,
+                    fault: Arc::new(fault),
                     pagemap: File::open("/proc/self/pagemap")?,
+                    missing: false,
                 },
                 Err(error) => {
                     crate::log_debug!(
@@ -85,14 +129,13 @@ impl Changes {
     /// Does most of what [`Changes::take`] does while the guest still runs: what has changed by now is protected
     /// again, and kept for it.
     pub fn look_ahead(&mut self, ram: &GuestRam) -> io::Result<()> {
-        let (Watch::On { fault, pagemap }, true) = (&self.watch, self.has_base) else {
+        let (Watch::On { pagemap, .. }, true) = (&self.watch, self.has_base) else {
             return Ok(());
         };
         let mut base = 0;
         for slot in slots(ram) {
-            let host = slot.host_start..slot.host_start + slot.len;
-            fault.register(&host)?;
-            for range in scan::written(pagemap, &host)? {
+            self.register(&slot)?;
+            for range in scan::written(pagemap, &slot.host_range())? {
                 self.pending.insert(base + range.start..base + range.end);
             }
             base += slot.len;
@@ -104,19 +147,18 @@ impl Changes {
     pub fn take(&mut self, ram: &GuestRam) -> io::Result<Taken> {
         let recent = self.zeroed.take_recent();
         self.begin()?;
-        let Watch::On { fault, pagemap } = &self.watch else {
+        let Watch::On { pagemap, .. } = &self.watch else {
             return Ok(Taken(None));
         };
         let mut changed = std::mem::take(&mut self.pending);
         let mut base = 0;
         for slot in slots(ram) {
-            let host = slot.host_start..slot.host_start + slot.len;
             // Again each time: what the balloon has mapped anew is not watched yet.
-            fault.register(&host)?;
-            for range in scan::written(pagemap, &host)? {
+            self.register(&slot)?;
+            for range in scan::written(pagemap, &slot.host_range())? {
                 changed.insert(base + range.start..base + range.end);
             }
-            let guest = slot.guest_start..slot.guest_start + slot.len;
+            let guest = slot.guest_range();
             for range in recent.within(&guest) {
                 changed.insert(base + range.start - guest.start..base + range.end - guest.start);
             }
@@ -167,7 +209,7 @@ mod tests {
     }
 
     fn is_possible() -> bool {
-        Userfault::new(WP_ASYNC | WP_HUGETLBFS_SHMEM).is_ok()
+        Userfault::for_writes().is_ok()
     }
 
     #[test]

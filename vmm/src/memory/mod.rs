@@ -4,9 +4,11 @@
 //! touched exist; the mappings are named `guest-ram` for whoever reads `/proc/PID/smaps`. RAM of a
 //! restored guest is a private view of a memory file ([`template`]).
 #![allow(unsafe_code)]
+pub mod broken;
 pub mod changes;
 pub mod discard;
 pub mod dump;
+pub mod handled;
 pub mod ranges;
 pub mod registers;
 mod scan;
@@ -39,6 +41,14 @@ pub enum MemoryError {
     FileSize { found: u64, wanted: u64 },
     #[error("changes of guest RAM cannot be watched: {0}")]
     Watch(io::Error),
+    #[error(
+        "faults of guest RAM cannot be handed over: {0}; it takes rights to /dev/userfaultfd, or CAP_SYS_PTRACE"
+    )]
+    Userfault(io::Error),
+    #[error(
+        "the page-fault handler did not give the page at {offset:#x} of the memory file: {source}"
+    )]
+    NotGiven { offset: u64, source: io::Error },
     #[error("guest RAM cannot be made what it was: {0}")]
     GoBack(io::Error),
     #[error("guest RAM regions overlap or wrap around")]
@@ -51,6 +61,18 @@ pub struct Slot {
     pub guest_start: u64,
     pub len: u64,
     pub host_start: u64,
+}
+
+impl Slot {
+    /// Its addresses in this process.
+    fn host_range(&self) -> std::ops::Range<u64> {
+        self.host_start..self.host_start + self.len
+    }
+
+    /// Its guest-physical addresses.
+    fn guest_range(&self) -> std::ops::Range<u64> {
+        self.guest_start..self.guest_start + self.len
+    }
 }
 
 /// Maps `mib` MiB of zeroed guest RAM: below the MMIO hole, the rest from 4 GiB on.

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::discard::{DiscardError, GuestPages};
+use super::handled::Faults;
 use super::ranges::RangeSet;
 use super::{GuestRam, MemoryError, build, map_aligned, slots};
 
@@ -73,8 +74,14 @@ pub fn map_file(file: &File, mib: u64) -> Result<GuestRam, MemoryError> {
     })
 }
 
-/// Has RAM show the template again: what the guest has changed is gone.
-pub fn go_back(ram: &GuestRam, template: &File, zeroed: &Zeroed) -> io::Result<()> {
+/// Has RAM show the template again: what the guest has changed is gone. `faults`: those of a template that is
+/// not complete yet.
+pub fn go_back(
+    ram: &GuestRam,
+    template: &File,
+    zeroed: &Zeroed,
+    faults: Option<&Faults>,
+) -> io::Result<()> {
     let mut ranges = zeroed.lock();
     let mut offset = 0;
     for slot in slots(ram) {
@@ -87,6 +94,10 @@ pub fn go_back(ram: &GuestRam, template: &File, zeroed: &Zeroed) -> io::Result<(
             map_over(host, len, libc::MAP_PRIVATE, template.as_raw_fd(), at)?;
             // SAFETY: the range was mapped just now. Best effort, as for other guest RAM.
             unsafe { libc::madvise(host.cast(), len, libc::MADV_DONTDUMP) };
+            if let Some(faults) = faults {
+                let start = slot.host_start + inside;
+                faults.register(&(start..start + len as u64))?;
+            }
         }
         // SAFETY: the region is mapped for the life of the process, and guest RAM is only accessed through
         // volatile copies and by KVM, so that its contents may change at any time.
@@ -280,7 +291,7 @@ mod tests {
             ram.write_obj(9u8, GuestAddress(addr)).unwrap();
         }
         pages.discard(&ram, 0x3000..0x5000).unwrap();
-        go_back(&ram, &file, &zeroed).unwrap();
+        go_back(&ram, &file, &zeroed, None).unwrap();
         let mut all = vec![0; 0x20_0000];
         ram.read_slice(&mut all, GuestAddress(0)).unwrap();
         assert!(all[..0x8000].iter().all(|byte| *byte == 7));

@@ -7,6 +7,7 @@
     clippy::indexing_slicing
 )]
 
+mod handler;
 mod layers;
 mod process;
 
@@ -14,6 +15,7 @@ use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
+use std::time::Duration;
 
 use process::{Vmm, has_kvm};
 
