@@ -64,6 +64,7 @@ pub(crate) enum Verb {
     Debug(verbs::debug::Args),
     System(verbs::system::Args),
     Doctor(verbs::doctor::Args),
+    Bench(verbs::bench::Args),
     Completion(verbs::completion::Args),
     #[command(hide = true)]
     Man(verbs::completion::ManArgs),
@@ -111,6 +112,7 @@ impl Verb {
             Self::Console(args) => verbs::console::console(args),
             Self::System(args) => verbs::system::system(args),
             Self::Debug(args) => verbs::debug::debug(args),
+            Self::Bench(args) => verbs::bench::bench(args),
             Self::Doctor(args) => verbs::doctor::doctor(args),
             Self::Completion(args) => verbs::completion::completion(args),
             Self::Man(args) => verbs::completion::man(args),
@@ -129,7 +131,15 @@ pub(crate) const GROUPS: [(&str, &[&str]); 6] = [
     ),
     (
         "Snapshots",
-        &["snapshot", "snapshots", "restore", "fork", "reset", "store"],
+        &[
+            "snapshot",
+            "snapshots",
+            "restore",
+            "fork",
+            "reset",
+            "store",
+            "bench",
+        ],
     ),
     (
         "Commands and terminals",

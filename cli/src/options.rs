@@ -246,7 +246,7 @@ impl KeeperOptions {
 }
 
 /// The program named, or the one of that name beside this one.
-fn program(named: Option<&Path>, name: &str) -> PathBuf {
+pub(crate) fn program(named: Option<&Path>, name: &str) -> PathBuf {
     named.map_or_else(
         || {
             let beside = std::env::current_exe().unwrap_or_default();

@@ -64,3 +64,37 @@ fn make(total: Option<u64>) -> ProgressBar {
         Err(_) => bar,
     }
 }
+
+/// A line that tells at which step of a long work things are.
+#[derive(Debug)]
+pub(crate) struct Steps {
+    bar: Option<ProgressBar>,
+}
+
+impl Steps {
+    pub(crate) fn new() -> Self {
+        let bar = stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(0);
+            match ProgressStyle::with_template("{wide_bar} {pos} of {len}  {eta}  {msg}") {
+                Ok(style) => bar.with_style(style),
+                Err(_) => bar,
+            }
+        });
+        Self { bar }
+    }
+
+    pub(crate) fn tell(&mut self, done: u64, all: u64, what: &str) {
+        if let Some(bar) = &self.bar {
+            bar.set_length(all);
+            bar.set_position(done);
+            bar.set_message(what.to_owned());
+        }
+    }
+
+    /// Takes it away again.
+    pub(crate) fn finish(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,6 +1,7 @@
 //! One file a verb: its arguments, and the function that carries it out and returns the exit status.
 
 pub(crate) mod attach;
+pub(crate) mod bench;
 pub(crate) mod completion;
 pub(crate) mod console;
 pub(crate) mod cp;

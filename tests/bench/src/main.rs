@@ -1,15 +1,11 @@
 //! Measures VMMs that speak the API of docs/api.md: same kernel, same guests, same run, interleaved.
 
 mod counters;
-mod failure;
-mod http;
 mod measures;
 mod overload;
 mod report;
 mod session;
 mod snapshot;
-mod stats;
-mod vmm;
 mod waits;
 
 use std::ffi::OsString;
@@ -19,6 +15,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
+use belljar_restore_bench::{failure, stats, vmm};
 use clap::{Parser, ValueEnum};
 use serde_json::json;
 

@@ -3,11 +3,11 @@
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
-use belljar_bench::wire::{
-    Access, BLOCK_PORT, BOOT_PORT, BULK_PORT, Block, Boot, Bulk, ECHO_PORT, word,
-};
 use belljar_protocol::READY_PORT;
 use belljar_protocol::client::receive_ready;
+use belljar_restore_bench::wire::{
+    Access, BLOCK_PORT, BOOT_PORT, BULK_PORT, Block, Boot, Bulk, ECHO_PORT, word,
+};
 use rustix::io::Errno;
 
 use crate::counters::{self, Counts};

@@ -221,6 +221,7 @@ fn text_row(
         p50,
         p90,
         max,
+        ..
     } = summary;
     format!(
         "{name:<30} {vmm:<12} {p50:>10.2} {p90:>10.2} {min:>10.2} {max:>10.2} {n:>5} {ratio:>6}  {}",

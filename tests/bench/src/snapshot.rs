@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use belljar_bench::wire::{Act, RAM_PORT, Ram, mix, word};
+use belljar_restore_bench::wire::{Act, RAM_PORT, Ram, mix, word};
 use serde_json::{Value, json};
 
 use crate::counters;
@@ -68,7 +68,7 @@ fn ms(time: Duration) -> f64 {
 fn ask(vmm: &Vmm, act: Act, amount: u64) -> Result<u64> {
     let mut stream = vmm.connect(RAM_PORT)?;
     stream
-        .write_all(&Ram { act, amount }.encode())
+        .write_all(&Ram::new(act, amount).encode())
         .attempt("a request to the guest")?;
     let mut answer = [0; 8];
     stream

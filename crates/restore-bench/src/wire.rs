@@ -11,7 +11,7 @@ pub const ECHO_PORT: u32 = 5001;
 pub const BULK_PORT: u32 = 5002;
 /// Guest port that answers [`Block`] requests, one after the other.
 pub const BLOCK_PORT: u32 = 5003;
-/// Guest port that answers [`Ram`] requests, one after the other.
+/// Guest port that answers [`Ram`] requests, one connection after the other.
 pub const RAM_PORT: u32 = 5004;
 
 /// Begins every [`Boot`], so that nothing else is taken for one.
@@ -149,11 +149,11 @@ impl Block {
 /// What a [`Ram`] request does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Act {
-    /// Fills that many bytes; they take the place of those before.
+    /// Fills that many bytes with [`noise`] of the salt; they take the place of those before.
     Fill,
-    /// Changes one byte in each of that many pages, from the first on.
+    /// Changes one byte in each of that many pages, from the first on: [`touch`].
     Touch,
-    /// Hashes all that is filled.
+    /// Hashes all that is filled, salted: [`hash`].
     Hash,
     /// Mixes the amount with the number of such requests before: see [`mix`].
     Prove,
@@ -164,26 +164,77 @@ pub enum Act {
 pub struct Ram {
     pub act: Act,
     pub amount: u64,
+    /// Chosen anew by who asks, so that no answer can be prepared.
+    pub salt: u64,
 }
 
 impl Ram {
     /// Bytes of a record.
-    pub const SIZE: usize = 16;
+    pub const SIZE: usize = 24;
     const ACTS: [Act; 4] = [Act::Fill, Act::Touch, Act::Hash, Act::Prove];
+
+    /// A request without salt.
+    #[must_use]
+    pub fn new(act: Act, amount: u64) -> Self {
+        Self {
+            act,
+            amount,
+            salt: 0,
+        }
+    }
 
     #[must_use]
     pub fn encode(self) -> [u8; Self::SIZE] {
         let act = Self::ACTS.iter().position(|act| *act == self.act);
-        bytes(&[act.unwrap_or(0) as u64, self.amount])
+        bytes(&[act.unwrap_or(0) as u64, self.amount, self.salt])
     }
 
     /// `None`: there is no such act.
     #[must_use]
     pub fn decode(record: &[u8; Self::SIZE]) -> Option<Self> {
-        let [act, amount] = words(record);
+        let [act, amount, salt] = words(record);
         let act = *Self::ACTS.get(usize::try_from(act).ok()?)?;
-        Some(Self { act, amount })
+        Some(Self { act, amount, salt })
     }
+}
+
+/// Bytes of a page.
+pub const PAGE: usize = 4096;
+
+/// Bytes without structure, the same for the same salt.
+#[must_use]
+pub fn noise(len: usize, salt: u64) -> Vec<u8> {
+    let mut state = 0x2545_f491_4f6c_dd1d ^ salt;
+    if state == 0 {
+        state = 1;
+    }
+    let mut bytes = Vec::with_capacity(len.saturating_add(8));
+    while bytes.len() < len {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend(state.to_le_bytes());
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+/// Changes one byte in each of the first `pages` pages.
+pub fn touch(filled: &mut [u8], pages: usize) {
+    for byte in filled.iter_mut().step_by(PAGE).take(pages) {
+        *byte = byte.wrapping_add(1);
+    }
+}
+
+/// FNV-1a over words, after the salt.
+#[must_use]
+pub fn hash(bytes: &[u8], salt: u64) -> u64 {
+    let (words, _) = bytes.as_chunks();
+    words
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325 ^ salt, |hash: u64, word| {
+            (hash ^ u64::from_le_bytes(*word)).wrapping_mul(0x100_0000_01b3)
+        })
 }
 
 /// What a guest that has answered `counter` times before makes of a nonce.
@@ -206,6 +257,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_fills_the_ram_depends_on_the_salt_and_on_each_page() {
+        let mut filled = noise(3 * PAGE, 7);
+        assert_eq!(filled.len(), 3 * PAGE);
+        assert_ne!(noise(64, 7), noise(64, 8));
+        assert_eq!(noise(9, 0x2545_f491_4f6c_dd1d).len(), 9, "never all zeros");
+        let before = hash(&filled, 1);
+        assert_ne!(before, hash(&filled, 2));
+        touch(&mut filled, 2);
+        let after = hash(&filled, 1);
+        assert_ne!(before, after);
+        assert_eq!(filled.get(2 * PAGE), noise(3 * PAGE, 7).get(2 * PAGE));
+    }
+
+    #[test]
     fn records_come_back_as_they_were() {
         let boot = Boot {
             init_ns: 7,
@@ -220,7 +285,11 @@ mod tests {
         };
         assert_eq!(Bulk::decode(&bulk.encode()), bulk);
         for act in [Act::Fill, Act::Touch, Act::Hash, Act::Prove] {
-            let ram = Ram { act, amount: 9 };
+            let ram = Ram {
+                act,
+                amount: 9,
+                salt: 5,
+            };
             assert_eq!(Ram::decode(&ram.encode()), Some(ram));
         }
         assert_eq!(Ram::decode(&[9; Ram::SIZE]), None);

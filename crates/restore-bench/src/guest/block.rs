@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::Once;
 use std::time::Instant;
 
-use belljar_bench::wire::{Access, Block};
+use belljar_restore_bench::wire::{Access, Block};
 use rustix::fs::OFlags;
 use rustix::mount::{MountFlags, mount};
 

@@ -5,12 +5,12 @@ use std::fmt::Display;
 /// A readable sentence.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-pub(crate) struct Failure(pub(crate) String);
+pub struct Failure(pub String);
 
-pub(crate) type Result<T> = std::result::Result<T, Failure>;
+pub type Result<T> = std::result::Result<T, Failure>;
 
 /// Says what was attempted.
-pub(crate) trait Attempt<T> {
+pub trait Attempt<T> {
     fn attempt(self, what: impl Display) -> Result<T>;
 }
 

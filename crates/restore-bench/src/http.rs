@@ -9,7 +9,7 @@ use crate::failure::{Attempt, Failure, Result};
 /// Longest answer that makes sense.
 const ANSWER_MAX: usize = 64 * 1024;
 
-pub(crate) struct Client {
+pub struct Client {
     stream: UnixStream,
 }
 
@@ -20,39 +20,35 @@ impl AsFd for Client {
 }
 
 impl Client {
-    pub(crate) fn new(stream: UnixStream) -> Self {
+    pub fn new(stream: UnixStream) -> Self {
         Self { stream }
     }
 
-    pub(crate) fn get(&mut self, path: &str) -> Result<()> {
+    pub fn get(&mut self, path: &str) -> Result<()> {
         self.send(&format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n"))?;
         self.answer(path)
     }
 
-    pub(crate) fn put(&mut self, path: &str, body: &serde_json::Value) -> Result<()> {
+    pub fn put(&mut self, path: &str, body: &serde_json::Value) -> Result<()> {
         self.begin_put(path, body)?;
         self.answer(path)
     }
 
     /// A call whose answer has a JSON body.
-    pub(crate) fn ask(
-        &mut self,
-        path: &str,
-        body: &serde_json::Value,
-    ) -> Result<serde_json::Value> {
+    pub fn ask(&mut self, path: &str, body: &serde_json::Value) -> Result<serde_json::Value> {
         self.begin_put(path, body)?;
         let text = self.text(path)?;
         let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
         serde_json::from_str(body).attempt(format!("the answer to {path} is no JSON"))
     }
 
-    pub(crate) fn patch(&mut self, path: &str, body: &serde_json::Value) -> Result<()> {
+    pub fn patch(&mut self, path: &str, body: &serde_json::Value) -> Result<()> {
         self.begin("PATCH", path, body)?;
         self.answer(path)
     }
 
     /// Sends a call whose answer is taken later with [`Self::answer`].
-    pub(crate) fn begin_put(&mut self, path: &str, body: &serde_json::Value) -> Result<()> {
+    pub fn begin_put(&mut self, path: &str, body: &serde_json::Value) -> Result<()> {
         self.begin("PUT", path, body)
     }
 
@@ -71,7 +67,7 @@ impl Client {
     }
 
     /// Takes one answer; anything but success is an error.
-    pub(crate) fn answer(&mut self, path: &str) -> Result<()> {
+    pub fn answer(&mut self, path: &str) -> Result<()> {
         self.text(path).map(drop)
     }
 

@@ -1,4 +1,5 @@
-//! PID 1 of the guests that are measured: says that it is up, then echoes, moves bytes and reads disks.
+//! What runs in the guests that are measured. As PID 1 it says that it is up, then echoes, moves bytes and reads disks;
+//! as `--resident` it holds RAM under an agent, which `--ask NONCE` has proved.
 
 mod block;
 mod ram;
@@ -10,7 +11,9 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use belljar_bench::wire::{BLOCK_PORT, BOOT_PORT, BULK_PORT, Boot, Bulk, ECHO_PORT, RAM_PORT};
+use belljar_restore_bench::wire::{
+    BLOCK_PORT, BOOT_PORT, BULK_PORT, Boot, Bulk, ECHO_PORT, RAM_PORT,
+};
 use rustix::time::{ClockId, clock_gettime};
 
 /// Longest piece that is moved at once.
@@ -22,6 +25,8 @@ fn main() {
     match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["--true"] => return,
         ["--spawn", count] => return spawn(count.parse().unwrap_or(0)),
+        ["--resident"] => return resident(),
+        ["--ask", nonce] => return prove(nonce),
         ["--listen", port] => return listen(port.parse().unwrap_or(0)),
         _ => {}
     }
@@ -51,6 +56,26 @@ fn spawn(count: u32) {
                 eprintln!("{other:?}");
                 std::process::exit(1);
             }
+        }
+    }
+}
+
+/// Holds RAM, for the host and for programs here.
+fn resident() {
+    let serving = on_port(RAM_PORT, ram::serve).and_then(|()| ram::serve_here());
+    if let Err(error) = serving {
+        eprintln!("{error}");
+        std::process::exit(1);
+    }
+}
+
+/// Prints the resident's proof for a nonce.
+fn prove(nonce: &str) {
+    match nonce.parse().map_err(io::Error::other).and_then(ram::ask) {
+        Ok(answer) => println!("{answer}"),
+        Err(error) => {
+            eprintln!("{error}");
+            std::process::exit(1);
         }
     }
 }

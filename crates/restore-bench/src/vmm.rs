@@ -16,40 +16,40 @@ use crate::failure::{Attempt, Failure, Result};
 use crate::http::Client;
 
 /// Nothing takes longer, even with processors in software.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A binary that is measured.
 #[derive(Clone, Debug)]
-pub(crate) struct Binary {
-    pub(crate) name: String,
-    pub(crate) path: PathBuf,
+pub struct Binary {
+    pub name: String,
+    pub path: PathBuf,
 }
 
 /// What the last VMM's end left to the host's kernel is done by then.
-const SETTLING: Duration = Duration::from_millis(100);
+pub const SETTLING: Duration = Duration::from_millis(100);
 
 /// Between attempts to connect to a socket that is there but not listened on; the kernel's timer slack comes on top.
 const RETRY: Duration = Duration::from_micros(10);
 
 /// What every guest gets, whichever VMM runs it.
 #[derive(Clone, Debug)]
-pub(crate) struct Machine {
-    pub(crate) kernel: PathBuf,
-    pub(crate) vcpus: u32,
-    pub(crate) memory_mib: u64,
-    pub(crate) boot_args: String,
+pub struct Machine {
+    pub kernel: PathBuf,
+    pub vcpus: u32,
+    pub memory_mib: u64,
+    pub boot_args: String,
 }
 
 /// A drive of a guest.
 #[derive(Clone, Debug)]
-pub(crate) struct Drive {
-    pub(crate) id: &'static str,
-    pub(crate) path: PathBuf,
-    pub(crate) read_only: bool,
+pub struct Drive {
+    pub id: &'static str,
+    pub path: PathBuf,
+    pub read_only: bool,
     /// `Sync` or `Async`.
-    pub(crate) engine: &'static str,
+    pub engine: &'static str,
     /// The file of its one layer, which is new each time; only of our own VMM.
-    pub(crate) layer: Option<PathBuf>,
+    pub layer: Option<PathBuf>,
 }
 
 impl Drive {
@@ -68,18 +68,24 @@ impl Drive {
 }
 
 /// A process with an API that has answered once. Killed when dropped; its directory goes with it.
-pub(crate) struct Vmm {
+pub struct Vmm {
     child: Child,
     directory: PathBuf,
-    pub(crate) api: Client,
+    pub api: Client,
     /// From before the start of the process to the answer of its API.
-    pub(crate) answered: Duration,
+    pub answered: Duration,
 }
 
 impl Vmm {
     /// Starts `command` with `--api-sock PATH` and waits for the first answer. Costs no processor time while
     /// it waits: the socket file's creation wakes it up, then it connects, within some 60 us of when that can succeed.
-    pub(crate) fn start(mut command: Command, directory: PathBuf) -> Result<Self> {
+    pub fn start(command: Command, directory: PathBuf) -> Result<Self> {
+        std::thread::sleep(SETTLING);
+        Self::start_now(command, directory)
+    }
+
+    /// The same, without waiting for what earlier ones left to the host's kernel.
+    pub fn start_now(mut command: Command, directory: PathBuf) -> Result<Self> {
         fs::create_dir(&directory).attempt(format!("cannot make {}", directory.display()))?;
         let socket = directory.join("api");
         let log = fs::File::create(directory.join("log")).attempt("cannot make a log")?;
@@ -89,7 +95,6 @@ impl Vmm {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log);
-        std::thread::sleep(SETTLING);
         let start = Instant::now();
         let child = command
             .spawn()
@@ -110,22 +115,17 @@ impl Vmm {
         }
     }
 
-    pub(crate) fn pid(&self) -> u32 {
+    pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
     /// Where the VMM puts its vsock; the guest's connections to port P arrive at `…_P`.
-    pub(crate) fn vsock(&self) -> PathBuf {
+    pub fn vsock(&self) -> PathBuf {
         self.directory.join("vsock")
     }
 
     /// Configures a guest, not started yet.
-    pub(crate) fn configure(
-        &mut self,
-        machine: &Machine,
-        initrd: &Path,
-        drives: &[Drive],
-    ) -> Result<()> {
+    pub fn configure(&mut self, machine: &Machine, initrd: &Path, drives: &[Drive]) -> Result<()> {
         self.api.put(
             "/machine-config",
             &json!({"vcpu_count": machine.vcpus, "mem_size_mib": machine.memory_mib}),
@@ -144,7 +144,7 @@ impl Vmm {
     }
 
     /// Starts the guest and takes the first `length` bytes that it sends to `port`.
-    pub(crate) fn boot(&mut self, port: u32, length: usize) -> Result<Booted> {
+    pub fn boot(&mut self, port: u32, length: usize) -> Result<Booted> {
         let path = format!("{}_{port}", self.vsock().display());
         let listener = UnixListener::bind(&path).attempt(format!("cannot listen on {path}"))?;
         let action: Value = json!({"action_type": "InstanceStart"});
@@ -172,11 +172,13 @@ impl Vmm {
     }
 
     /// Connects to a port of the guest, by the `CONNECT` handshake.
-    pub(crate) fn connect(&self, port: u32) -> Result<UnixStream> {
+    pub fn connect(&self, port: u32) -> Result<UnixStream> {
         connect(&self.vsock(), port)
     }
 
-    fn explain(&self, failure: &Failure) -> Failure {
+    /// What the process said, added to a failure.
+    #[must_use]
+    pub fn explain(&self, failure: &Failure) -> Failure {
         let said = fs::read_to_string(self.directory.join("log")).unwrap_or_default();
         Failure(format!("{failure}; the VMM said: {said}"))
     }
@@ -191,19 +193,19 @@ impl Drop for Vmm {
 }
 
 /// A guest that has said its first words.
-pub(crate) struct Booted {
+pub struct Booted {
     /// Just before `InstanceStart`.
-    pub(crate) started: Instant,
+    pub started: Instant,
     /// From `InstanceStart` to its answer.
-    pub(crate) returned: Duration,
+    pub returned: Duration,
     /// From `InstanceStart` to the first words.
-    pub(crate) replied: Duration,
-    pub(crate) first: Vec<u8>,
-    pub(crate) stream: UnixStream,
+    pub replied: Duration,
+    pub first: Vec<u8>,
+    pub stream: UnixStream,
 }
 
 /// One connection to a guest's port behind its VMM's socket.
-pub(crate) fn connect(socket: &Path, port: u32) -> Result<UnixStream> {
+pub fn connect(socket: &Path, port: u32) -> Result<UnixStream> {
     use std::io::Write;
     let mut stream = UnixStream::connect(socket).attempt("cannot connect to the vsock socket")?;
     stream

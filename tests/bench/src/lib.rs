@@ -1,2 +1,0 @@
-//! What the benchmark and the program in its guests share.
-pub mod wire;
