@@ -171,8 +171,11 @@ fn many_execs_leave_nothing_behind() {
     };
     run(in_each);
     let (before, files_before) = look();
-    for _ in 0..rounds {
+    for round in 1..=rounds {
         run(in_each);
+        if is_long() {
+            eprintln!("{} more: {:?}", round * in_each, look());
+        }
     }
     let (after, files_after) = look();
     eprintln!("before {before:?} and {files_before}, after {after:?} and {files_after}");
