@@ -30,6 +30,8 @@ const CULPRITS: [(&str, &str); 6] = [
 ];
 /// Pings while each of them runs: enough for the slowest of a hundred.
 const PINGS: usize = 200;
+/// A thousand terminals with a program each need more than half a GiB.
+const MEMORY: &str = "1G";
 /// So long a culprit runs before it is measured.
 const AT_WORK: Duration = Duration::from_secs(2);
 /// Between pings, so that they meet all that a culprit does.
@@ -37,7 +39,7 @@ const PAUSE: Duration = Duration::from_millis(7);
 
 /// Pings at rest and beside each culprit, and beside `terminals` open terminals.
 pub(crate) fn measure(programs: &Programs, terminals: usize) -> Result<Vec<Samples>> {
-    let sandbox = Sandbox::start(programs)?;
+    let sandbox = Sandbox::start(programs, MEMORY)?;
     let mut all = vec![pings(&sandbox, "at_rest")?];
     for (name, script) in CULPRITS {
         detach(&sandbox, name, argv(&["sh", "-c", script]))?;

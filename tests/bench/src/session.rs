@@ -47,7 +47,7 @@ pub(crate) struct Sandbox<'a> {
 
 /// All measures, with `count` operations each of the short ones.
 pub(crate) fn measure(programs: &Programs, count: usize) -> Result<Vec<Samples>> {
-    let sandbox = Sandbox::start(programs)?;
+    let sandbox = Sandbox::start(programs, "512M")?;
     let mut all = vec![sandbox.memory()?];
     let tool = programs.tool.to_string_lossy();
     sandbox.says(&["cp", &tool, &format!("{NAME}:{TOOL}")])?;
@@ -115,13 +115,13 @@ fn repeat(
 }
 
 impl<'a> Sandbox<'a> {
-    pub(crate) fn start(programs: &'a Programs) -> Result<Self> {
+    pub(crate) fn start(programs: &'a Programs, memory: &str) -> Result<Self> {
         let mut sandbox = Self {
             programs,
             socket: PathBuf::new(),
         };
         sandbox.says(&[
-            "run", "-d", "--name", NAME, "--memory", "512M", "--disk", "1G",
+            "run", "-d", "--name", NAME, "--memory", memory, "--disk", "1G",
         ])?;
         let sandboxes = programs.work.join("state/sandboxes");
         let entries = fs::read_dir(&sandboxes).attempt("no sandboxes")?;

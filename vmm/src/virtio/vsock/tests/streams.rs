@@ -230,3 +230,47 @@ fn host_that_takes_no_more_is_told_to_the_guest() {
     host.write_all(b"still").unwrap();
     assert_eq!(guest.recv_one().1, b"still");
 }
+
+/// Descriptors and resident KiB of this process, in which other tests may run, too.
+fn held() -> (usize, usize) {
+    let descriptors = std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let resident: usize = pages.split(' ').nth(1).unwrap().parse().unwrap();
+    (descriptors, resident * 4)
+}
+
+/// A hundred thousand with `BELLJAR_SOAK=1`.
+#[test]
+fn many_calls_leave_nothing_behind() {
+    let calls = match std::env::var_os("BELLJAR_SOAK") {
+        Some(_) => 100_000,
+        None => 10_000,
+    };
+    let mut guest = Guest::new();
+    let mut before = (0, 0);
+    for number in 0..calls {
+        if number == 1_000 {
+            before = held();
+        }
+        let (mut host, mut peer) = guest.connected(52);
+        host.write_all(b"call").unwrap();
+        assert_eq!(guest.recv_one().1, b"call");
+        peer.fwd_cnt += 4;
+        guest.send(peer.data(5), b"reply");
+        assert_eq!(read_now(&mut host), (b"reply".to_vec(), false));
+        if number % 2 == 0 {
+            guest.send(peer.shutdown(SHUTDOWN_BOTH), &[]);
+            assert_eq!(ops(&guest.recv()), [Op::Rst]);
+            assert_eq!(read_now(&mut host), (Vec::new(), true));
+        } else {
+            drop(host);
+            assert_eq!(ops(&guest.recv()), [Op::Shutdown]);
+            guest.send(peer.packet(Op::Rst), &[]);
+        }
+        assert!(guest.h.device.muxer.is_empty());
+    }
+    let after = held();
+    // Other tests may hold something, too, but not so much.
+    assert!(after.0 < before.0 + calls / 20, "{before:?}, {after:?}");
+    assert!(after.1 < before.1 + (64 << 10), "{before:?}, {after:?}");
+}
