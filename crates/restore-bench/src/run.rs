@@ -272,7 +272,12 @@ impl Run<'_> {
         // What the ends of the VMMs before left to the host's kernel is done by then.
         std::thread::sleep(SETTLING);
         self.cool(ready, way.cache)?;
-        let cached_share = cache::cached_share(&saved.ram)?;
+        // What lies on a tmpfs is in memory, and cannot be asked.
+        let cached_share = if cache::is_memory(self.work)? {
+            Some(1.0)
+        } else {
+            cache::cached_share(&saved.ram)?
+        };
         let mut clones: Vec<(Vmm, Times)> = Vec::new();
         for _ in 0..case.clones {
             self.started = self.started.saturating_add(1);

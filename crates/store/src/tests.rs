@@ -2,6 +2,7 @@
 
 mod basic;
 mod crash;
+mod density;
 mod hostile;
 mod manifest;
 mod sim;

@@ -383,7 +383,7 @@ pub(super) fn bars(id: &str, unit: &str, bars: &[Bar]) -> String {
         let top = ROW * row as f64 + 4.0;
         let _ = write!(
             svg,
-            "<text x=\"{left}\" y=\"{:.1}\">{}</text>",
+            "<text class=\"over\" x=\"{left}\" y=\"{:.1}\">{}</text>",
             top + 12.0,
             escape(&bar.label)
         );

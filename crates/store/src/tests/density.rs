@@ -1,0 +1,71 @@
+//! What twenty snapshots of a guest take, of which each differs from the one before by the same amount.
+//!
+//! An eighth of the real thing: 1 MiB changed of 24; `examples/measure` (`increments`) does it with real guest RAM.
+
+use super::Random;
+use crate::{Kind, Options, PAGE, Settings, Store};
+
+const P: usize = PAGE as usize;
+const PAGES: usize = 24 << 8;
+const CHANGED: usize = 1 << 8;
+
+/// What the store grew by, divided by the changed pages alone, compressed in pieces of a chunk.
+fn growth(scattered: bool) -> f64 {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = Settings::default();
+    let level = settings.level;
+    let store = Store::create(folder.path(), settings).unwrap();
+    let mut random = Random(5);
+    let mut memory: Vec<u8> = (0..PAGES).flat_map(|_| random.page()).collect();
+    let mut writer = store.begin(Options::default()).unwrap();
+    writer.image("memory", Kind::Memory, &memory[..]).unwrap();
+    let mut id = writer.commit().unwrap().0;
+    let before = store.usage().unwrap().total();
+    let mut alone = 0;
+    for _ in 0..20 {
+        let start = random.below((PAGES - CHANGED) as u64) as usize;
+        let mut pages: Vec<usize> = if scattered {
+            (0..CHANGED)
+                .map(|_| random.below(PAGES as u64) as usize)
+                .collect()
+        } else {
+            (start..start + CHANGED).collect()
+        };
+        pages.sort_unstable();
+        pages.dedup();
+        let mut changed = Vec::new();
+        for page in &pages {
+            let content = random.page();
+            memory[page * P..][..P].copy_from_slice(&content);
+            changed.extend(content);
+        }
+        let parts = changed.chunks(64 << 10);
+        alone += parts
+            .map(|part| zstd::bulk::compress(part, level).unwrap().len())
+            .sum::<usize>();
+        let ranges: Vec<_> = pages
+            .iter()
+            .map(|page| (page * P) as u64..((page + 1) * P) as u64)
+            .collect();
+        let base = store.read(id).unwrap();
+        let mut writer = store.begin(Options::default()).unwrap();
+        writer
+            .image_changed("memory", &memory[..], &base, &ranges)
+            .unwrap();
+        id = writer.commit().unwrap().0;
+    }
+    // The last one is whole, whatever it shares.
+    let mut back = vec![0; memory.len()];
+    let reader = store.read(id).unwrap();
+    reader.read("memory", 0, &mut back).unwrap();
+    assert!(back == memory, "the last snapshot is what was saved");
+    (store.usage().unwrap().total() - before) as f64 / alone as f64
+}
+
+#[test]
+fn twenty_snapshots_take_little_more_than_what_changed_between_them() {
+    let (contiguous, scattered) = (growth(false), growth(true));
+    assert!(contiguous <= 1.3, "in one run: {contiguous:.2}");
+    assert!(scattered <= 2.0, "scattered: {scattered:.2}");
+    assert!(contiguous > 0.9, "what changed is stored: {contiguous:.2}");
+}
