@@ -16,8 +16,9 @@ run: ## build all, boot a guest, run a Python line and a shell pipeline in it
 test: ## format, lint, unit tests, end-to-end tests in real guests
 	@scripts/test
 
-bench: setup ## measure boot, vsock, block and memory on the instruction-counted clock
+bench: setup ## measure boot, vsock, block, memory and restoring on the instruction-counted clock
 	@tests/bench/run
+	@tests/bench/run restore --recorded
 
 soak: setup ## end-to-end tests again and again: make soak SECONDS=3600
 	@scripts/soak $(or $(SECONDS),3600)
