@@ -8,7 +8,7 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -103,10 +103,18 @@ fn keep(client: &mut Client, keep: v1::Keep) -> Result<String, KeeperError> {
     let (Answer::Accepted(accepted), _) = client.call(Call::Keep(keep), &[], |_| {})? else {
         panic!("not accepted")
     };
-    match client.answer(|_| {})? {
+    let mut told: Vec<v1::Progress> = Vec::new();
+    let progress = |answer| match answer {
+        Answer::Progress(so_far) => told.push(so_far),
+        other => panic!("no progress: {other:?}"),
+    };
+    match client.answer(progress)? {
         (Answer::Kept(kept), _) => assert_eq!(kept.id, accepted.id),
         other => panic!("not kept: {other:?}"),
     }
+    assert!(told.is_sorted_by_key(|so_far| so_far.done), "{told:?}");
+    let last = told.last().expect("progress is told");
+    assert_eq!(last.done, last.total);
     Ok(accepted.id)
 }
 
@@ -307,8 +315,31 @@ fn a_base_image_must_be_there_with_its_content() {
     let (_, files) = begin(&mut client, "");
     files[1].set_len(8 * MIB).unwrap();
     let path = |path: &Path| path.to_string_lossy().into_owned();
+    let metadata = std::fs::metadata(&image).unwrap();
+    let used = v1::BaseFile {
+        path: path(&image),
+        device: metadata.dev(),
+        inode: metadata.ino(),
+    };
+    // Another file had this name when the sandbox began.
     let call = v1::Keep {
-        base_images: [("image".to_owned(), path(&image))].into(),
+        base_files: [(
+            "image".to_owned(),
+            v1::BaseFile {
+                inode: 1,
+                ..used.clone()
+            },
+        )]
+        .into(),
+        ..v1::Keep::default()
+    };
+    let (code, message) = refused(keep(&mut client, call));
+    assert_eq!(code, Code::Invalid);
+    assert!(message.contains("replaced"), "{message}");
+    let (_, files) = begin(&mut client, "");
+    files[1].set_len(8 * MIB).unwrap();
+    let call = v1::Keep {
+        base_files: [("image".to_owned(), used)].into(),
         tags: vec!["with".to_owned()],
         ..v1::Keep::default()
     };

@@ -59,7 +59,9 @@ impl LifeError {
             Self::Ephemeral(_) => {
                 Some("one made by 'create', or by 'run --name', stays".to_owned())
             }
-            Self::Busy(_) => Some("try again".to_owned()),
+            Self::Busy(id) => Some(format!(
+                "try again; 'belljar stop --force {id}' waits for nobody"
+            )),
             Self::StillRuns { id, .. } => Some(format!(
                 "'belljar stop --force {id}' does not ask the guest"
             )),
@@ -177,11 +179,16 @@ pub struct Stopped {
     pub ended: Option<Box<Ended>>,
 }
 
-/// Ends the guest and waits until its end is written down.
+/// Ends the guest and waits until its end is written down. One that is asked ends after a snapshot that is being
+/// taken of it; one that is not asked ends at once, and the snapshot fails.
 ///
 /// # Errors
 /// It does not run, or cannot be ended.
 pub fn stop(found: &Found, how: Stop) -> Result<Stopped, LifeError> {
+    let _turn = match how.ask && found.state().is_up() {
+        true => Some(turn(found)?),
+        false => None,
+    };
     let id = found.called();
     let state = found.state();
     let Some(vmm) = state.vmm() else {
@@ -200,7 +207,6 @@ pub fn stop(found: &Found, how: Stop) -> Result<Stopped, LifeError> {
     let mut in_order = false;
     if how.ask {
         if matches!(state, State::Paused(_)) {
-            // Whoever holds it still for a snapshot learns that it went on.
             let _ = set_running(found);
         }
         in_order = ask_to_end(found, &process, how);

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
@@ -116,7 +116,7 @@ fn base(shared: &Shared, begin: &v1::Begin) -> Option<Reader> {
 }
 
 /// Where a file has data, in bytes.
-fn data_ranges(source: &FileSource) -> io::Result<Vec<Range<u64>>> {
+fn data_ranges(source: &impl Source) -> io::Result<Vec<Range<u64>>> {
     let mut ranges = Vec::new();
     let mut from = 0;
     while let Some(range) = source.next_data(from)? {
@@ -129,23 +129,71 @@ fn data_ranges(source: &FileSource) -> io::Result<Vec<Range<u64>>> {
 /// How a capture ends.
 pub(super) type Outcome = Result<v1::Kept, v1::Error>;
 
-/// Begins to store a capture. Returns the id that it will have, and where its end is told.
-pub(super) fn keep(
-    busy: Busy,
-    files: Files,
-    keep: v1::Keep,
-) -> Result<(SnapshotId, mpsc::Receiver<Outcome>), v1::Error> {
+/// A capture that is being stored.
+pub(super) struct Storing {
+    /// The id that it will have.
+    pub(super) id: SnapshotId,
+    /// Its end is told here.
+    pub(super) end: mpsc::Receiver<Outcome>,
+    so_far: Arc<SoFar>,
+}
+
+impl Storing {
+    /// How far it has come, in bytes.
+    pub(super) fn progress(&self) -> v1::Progress {
+        let total = self.so_far.total.load(Ordering::Relaxed);
+        v1::Progress {
+            done: self.so_far.done.load(Ordering::Relaxed).min(total),
+            total,
+        }
+    }
+}
+
+/// Bytes of memory and disk that were read, of those that are there.
+#[derive(Default)]
+struct SoFar {
+    done: AtomicU64,
+    total: AtomicU64,
+}
+
+/// A file whose reads are counted.
+struct Counted<'a> {
+    file: FileSource,
+    so_far: &'a SoFar,
+}
+
+impl Source for Counted<'_> {
+    fn length(&self) -> u64 {
+        self.file.length()
+    }
+
+    fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>> {
+        self.file.next_data(from)
+    }
+
+    fn read(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read(bytes, offset)?;
+        let read = bytes.len() as u64;
+        self.so_far.done.fetch_add(read, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// Begins to store a capture.
+pub(super) fn keep(busy: Busy, files: Files, keep: v1::Keep) -> Result<Storing, v1::Error> {
     let shared = Arc::clone(busy.shared());
     let tags = keep.tags.clone();
     let began = Instant::now();
     let writer = shared.store.begin(options(&shared, &keep)?)?;
     let id = writer.id();
     shared.captures.begin(id, tags);
-    let (sender, receiver) = mpsc::channel();
+    let (sender, end) = mpsc::channel();
+    let so_far = Arc::new(SoFar::default());
+    let count = Arc::clone(&so_far);
     let carry_out = move || {
         let shared = busy.shared();
         let ending = Ending(Arc::clone(shared), id);
-        let outcome = store_all(writer, &files, &keep).map(|stored| v1::Kept {
+        let outcome = store_all(writer, &files, &keep, &count).map(|stored| v1::Kept {
             id: id.to_string(),
             data_bytes: stored.data_bytes,
             new_bytes: stored.new_bytes,
@@ -171,7 +219,7 @@ pub(super) fn keep(
         shared.captures.end(id);
         return Err(io_error("start a thread")(error));
     }
-    Ok((id, receiver))
+    Ok(Storing { id, end, so_far })
 }
 
 /// A capture that is under way until this is dropped, also by a panic.
@@ -197,11 +245,11 @@ fn offer_templates(shared: &Shared, id: SnapshotId, files: Files, is_increment: 
 
 fn options(shared: &Shared, keep: &v1::Keep) -> Result<Options, v1::Error> {
     let mut base_images = std::collections::BTreeMap::new();
-    for (drive, path) in &keep.base_images {
-        let digest = shared
-            .digests
-            .of(Path::new(path))
-            .map_err(|error| refusal(Code::BaseImage, format!("cannot read {path}: {error}")))?;
+    for (drive, file) in &keep.base_files {
+        let digest = shared.digests.of_used(file).map_err(|error| {
+            let message = format!("the base image of drive '{drive}', {}: {error}", file.path);
+            refusal(Code::Invalid, message)
+        })?;
         base_images.insert(drive.clone(), digest);
     }
     let parents = keep.parents.iter().filter_map(|id| id.parse().ok());
@@ -226,11 +274,19 @@ fn store_all(
     mut writer: Writer,
     files: &Files,
     keep: &v1::Keep,
+    so_far: &SoFar,
 ) -> Result<store::Stored, v1::Error> {
     let source = |file: &File| {
         let again = file.try_clone().map_err(io_error("read the capture"))?;
-        FileSource::new(again).map_err(io_error("read the capture"))
+        let file = FileSource::new(again).map_err(io_error("read the capture"))?;
+        Ok::<_, v1::Error>(Counted { file, so_far })
     };
+    // Of what is large.
+    for file in [&files.memory, &files.disk].into_iter().flatten() {
+        let data = data_ranges(&source(file)?).map_err(io_error("read the capture"))?;
+        let bytes = data.iter().map(|range| range.end - range.start).sum();
+        so_far.total.fetch_add(bytes, Ordering::Relaxed);
+    }
     let missing = |what: &str| refusal(Code::Invalid, format!("the capture has no {what}"));
     writer.image(images::SANDBOX, Kind::State, &keep.sandbox[..])?;
     if keep.has_memory {

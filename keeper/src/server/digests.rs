@@ -10,6 +10,7 @@ use std::sync::Mutex;
 use rustix::fs::{Mode, OFlags};
 
 use super::locked;
+use crate::v1::BaseFile;
 
 /// Which file, in which state: device, inode, bytes, change time in nanoseconds.
 type Key = [u64; 4];
@@ -37,21 +38,34 @@ impl Digests {
     /// # Errors
     /// It cannot be read.
     pub(super) fn of(&self, path: &Path) -> io::Result<String> {
-        // Whoever wrote a snapshot chose the path: a pipe must not stop the keeper, nor an endless device.
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-        let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
-        if !file.metadata()?.is_file() {
-            return Err(io::Error::other("it is not a regular file"));
+        self.of_open(&open(path)?)
+    }
+
+    /// BLAKE3 of a file that is used, as lower-case hexadecimal.
+    ///
+    /// # Errors
+    /// It cannot be read; another one has its name now.
+    pub(super) fn of_used(&self, used: &BaseFile) -> io::Result<String> {
+        let file = open(Path::new(&used.path))?;
+        let metadata = file.metadata()?;
+        if (metadata.dev(), metadata.ino()) != (used.device, used.inode) {
+            return Err(io::Error::other(
+                "the file was replaced by another one while it was in use",
+            ));
         }
-        let key = key(&file)?;
+        self.of_open(&file)
+    }
+
+    fn of_open(&self, file: &File) -> io::Result<String> {
+        let key = key(file)?;
         if let Some(known) = locked(&self.known).get(&key) {
             return Ok(known.clone());
         }
         let mut hasher = blake3::Hasher::new();
-        io::copy(&mut &file, &mut hasher)?;
+        io::copy(&mut &*file, &mut hasher)?;
         let digest = hasher.finalize().to_hex().to_string();
         // Changed while it was read: right for now, and not remembered.
-        if self::key(&file)? == key {
+        if self::key(file)? == key {
             let mut known = locked(&self.known);
             if known.len() >= MOST {
                 known.clear();
@@ -74,6 +88,16 @@ impl Digests {
         let _ = std::fs::write(&temporary, lines)
             .and_then(|()| std::fs::rename(&temporary, &self.path));
     }
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    // Whoever wrote a snapshot chose the path: a pipe must not stop the keeper, nor an endless device.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    Ok(file)
 }
 
 fn key(file: &File) -> io::Result<Key> {
@@ -99,6 +123,25 @@ fn parse(line: &str) -> Option<(Key, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_took_the_place_of_the_one_in_use_is_told_from_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, new) = (dir.path().join("image"), dir.path().join("new"));
+        std::fs::write(&path, b"one").unwrap();
+        let metadata = std::fs::metadata(&path).unwrap();
+        let used = BaseFile {
+            path: path.to_string_lossy().into_owned(),
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        };
+        let digests = Digests::load(&dir.path().join("digests"));
+        digests.of_used(&used).unwrap();
+        std::fs::write(&new, b"one").unwrap();
+        std::fs::rename(&new, &path).unwrap();
+        let error = digests.of_used(&used).unwrap_err();
+        assert!(error.to_string().contains("replaced"), "{error}");
+    }
 
     #[test]
     fn a_file_is_known_until_it_changes() {

@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
 use super::names::refusal;
@@ -15,6 +16,9 @@ use prost::Message as _;
 
 /// Whoever does not take an answer within this time has gone.
 const WRITE_LIMIT: Duration = Duration::from_secs(30);
+
+/// Between two words about how far it has come.
+const PROGRESS: Duration = Duration::from_millis(100);
 
 /// An answer with the descriptors that belong to it.
 pub(super) type Answered = Result<(Answer, Vec<OwnedFd>), v1::Error>;
@@ -153,13 +157,31 @@ impl Session {
             .take()
             .ok_or_else(|| refusal(Code::Invalid, "no capture was begun"))?;
         let busy = Busy::begin(self.busy.shared());
-        let (id, end) = capture::keep(busy, files, keep)?;
-        let accepted = v1::Accepted { id: id.to_string() };
+        let storing = capture::keep(busy, files, keep)?;
+        let id = storing.id.to_string();
         // If that cannot be sent, nobody waits; the snapshot is stored all the same.
-        let _ = self.reply(Answer::Accepted(accepted), &[]);
-        let outcome = end
-            .recv()
-            .unwrap_or_else(|_| Err(refusal(Code::Failed, "storing it broke off")));
-        outcome.map(|kept| (Answer::Kept(kept), Vec::new()))
+        let mut waits = self
+            .reply(Answer::Accepted(v1::Accepted { id }), &[])
+            .is_ok();
+        let outcome = loop {
+            match storing.end.recv_timeout(PROGRESS) {
+                Ok(outcome) => break outcome,
+                Err(RecvTimeoutError::Timeout) => {
+                    waits = waits && self.tell(storing.progress()).is_ok();
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    break Err(refusal(Code::Failed, "storing it broke off"));
+                }
+            }
+        };
+        let kept = outcome?;
+        if waits {
+            let _ = self.tell(storing.progress());
+        }
+        Ok((Answer::Kept(kept), Vec::new()))
+    }
+
+    fn tell(&mut self, progress: v1::Progress) -> Result<(), WireError> {
+        self.reply(Answer::Progress(progress), &[])
     }
 }

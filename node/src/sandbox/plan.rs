@@ -158,7 +158,7 @@ pub(super) fn configure(spec: &SandboxSpec, assets: &Assets) -> Result<Config, B
         let device = if spec.image.is_some() { 'b' } else { 'a' };
         boot_args.push_str(&format!(" belljar.disk=/dev/vd{device}"));
     }
-    let drives = drives(spec)?;
+    let drives = drives(spec, spec.life == Life::Persistent)?;
     if let Some(name) = &spec.name {
         boot_args.push_str(&format!(" belljar.hostname={}", host_name(name)));
     }
@@ -178,19 +178,20 @@ pub(super) fn configure(spec: &SandboxSpec, assets: &Assets) -> Result<Config, B
     })
 }
 
-/// Its drives, in the order the guest sees.
-pub(super) fn drives(spec: &SandboxSpec) -> Result<Vec<Drive>, BootError> {
+/// Its drives, in the order the guest sees; `stays`: its disk outlives the guest.
+pub(super) fn drives(spec: &SandboxSpec, stays: bool) -> Result<Vec<Drive>, BootError> {
     let mut drives = Vec::new();
     if let Some(image) = &spec.image {
         let image = absolute_file("image", image)?;
         drives.push(drive(IMAGE, utf8(&image)?, true, CacheType::Unsafe));
     }
     if spec.disk.is_some() {
-        // What must outlive the VMM has to reach the host's disk when the guest says so.
-        let cache = if spec.life == Life::Persistent {
+        // What must outlive the VMM has to reach the host's disk when the guest says so. The guest says so in
+        // either case: a clone of one that goes away may stay.
+        let cache = if stays {
             CacheType::Writeback
         } else {
-            CacheType::Unsafe
+            CacheType::Volatile
         };
         drives.push(drive(DISK, state::DISK.to_owned(), false, cache));
     }
@@ -314,7 +315,11 @@ mod tests {
         assert!(made.image.as_ref().unwrap().ends_with("image-1"));
         let config = configure(&made, &guest.assets).unwrap();
         assert!(config.boot_args.contains("belljar.hostname=my-box"));
-        assert!(matches!(config.drives[1].cache_type, CacheType::Writeback));
+        assert_eq!(config.drives[1].cache_type, CacheType::Writeback);
+        // One that goes away flushes, too: its clones may stay.
+        let owned = specify(&NewSandbox::owned(guest.clone())).unwrap();
+        let config = configure(&owned, &guest.assets).unwrap();
+        assert_eq!(config.drives[1].cache_type, CacheType::Volatile);
         std::fs::remove_file(dir.path().join("image-1")).unwrap();
         let error = configure(&made, &guest.assets).unwrap_err();
         assert!(error.to_string().contains("image-1"), "{error}");

@@ -23,7 +23,7 @@ const SEED: usize = 64;
 
 impl Sandbox {
     /// Starts a sandbox from a saved machine, and returns when its agent has taken over and its programs run. Its
-    /// directory was filled by [`Source::fill`]; `lock` is its lock.
+    /// directory was filled by [`Source::fill`]; `lock` is its lock; `stays`: its disk outlives the guest.
     ///
     /// # Errors
     /// Where it ended early. A sandbox that is not persistent is removed then.
@@ -32,6 +32,7 @@ impl Sandbox {
         lock: File,
         programs: &Programs,
         source: &Source,
+        stays: bool,
         limits: Limits<'_>,
         stages: &mut Stages,
     ) -> Result<Self, BootError> {
@@ -44,7 +45,7 @@ impl Sandbox {
             .ok_or_else(|| BootError::Invalid(format!("sandbox {} is not complete", dir.id())))?;
         let mut sandbox = Self::spawn(programs, dir.clone(), lock, spec.life)?;
         // Dropping it tears it down.
-        sandbox.load(&spec, source, limits, deadline, stages)?;
+        sandbox.load(overrides(&spec, stays)?, source, limits, deadline, stages)?;
         sandbox.take_over(&spec, limits, deadline, stages)?;
         BootRecord::new(&sandbox.ready, stages).write(&sandbox.dir)?;
         Ok(sandbox)
@@ -53,7 +54,7 @@ impl Sandbox {
     /// Has the VMM load the machine, and run it.
     fn load(
         &mut self,
-        spec: &SandboxSpec,
+        (drives, files): (Vec<serde_json::Value>, Vec<NamedFile>),
         source: &Source,
         limits: Limits<'_>,
         deadline: Instant,
@@ -63,7 +64,6 @@ impl Sandbox {
         let mut api = self.connect_api(limits, deadline)?;
         stages.mark("VMM process");
         let console = json!({"socket_path": state::CONSOLE_SOCKET}).to_string();
-        let (drives, files) = overrides(spec)?;
         let load = json!({
             "snapshot_path": "fd:state",
             "mem_backend": {"backend_type": "File", "backend_path": "fd:memory"},
@@ -153,10 +153,13 @@ type NamedFile = (String, File);
 
 /// Drives are found by name: what a path meant where the snapshot was taken it need not mean here. What must
 /// not be written is given as a descriptor for reading, whatever the snapshot says about it.
-fn overrides(spec: &SandboxSpec) -> Result<(Vec<serde_json::Value>, Vec<NamedFile>), BootError> {
+fn overrides(
+    spec: &SandboxSpec,
+    stays: bool,
+) -> Result<(Vec<serde_json::Value>, Vec<NamedFile>), BootError> {
     let mut files = Vec::new();
     let mut all = Vec::new();
-    for drive in plan::drives(spec)? {
+    for drive in plan::drives(spec, stays)? {
         let mut path = drive.path_on_host;
         if drive.is_read_only {
             let file = File::open(&path).map_err(|error| {
@@ -165,7 +168,11 @@ fn overrides(spec: &SandboxSpec) -> Result<(Vec<serde_json::Value>, Vec<NamedFil
             files.push((drive.drive_id.clone(), file));
             path = format!("fd:{}", drive.drive_id);
         }
-        all.push(json!({"drive_id": drive.drive_id, "path_on_host": path}));
+        all.push(json!({
+            "drive_id": drive.drive_id,
+            "path_on_host": path,
+            "cache_type": drive.cache_type,
+        }));
     }
     Ok((all, files))
 }

@@ -12,7 +12,8 @@ use belljar_protocol::client::system;
 
 use super::SnapshotError;
 use super::error::io_failed;
-use super::saved::{Loaded, Saved, base_files};
+use super::saved::{Loaded, Saved};
+use super::used::used_files;
 use crate::disk::copy_into;
 use crate::lifecycle;
 use crate::registry::{Found, State};
@@ -73,6 +74,8 @@ pub(super) struct Image {
     /// `None`: only the disk.
     pub(super) memory: Option<File>,
     pub(super) disk: Option<File>,
+    /// Files of this machine that are not in it, by the name of a base image.
+    pub(super) base_files: BTreeMap<String, keeper::BaseFile>,
     /// Memory holds only what differs from that of the snapshot it was loaded from.
     pub(super) is_increment: bool,
     pub(super) frozen: Duration,
@@ -109,7 +112,7 @@ pub fn capture(
         memory_bytes: spec.memory,
         cpu_baseline: "portable".to_owned(),
         requirements: BTreeMap::from([("cpu-vendor".to_owned(), image.saved.cpu_vendor.clone())]),
-        base_images: base_images(spec),
+        base_files: image.base_files,
         is_increment: image.is_increment,
     };
     keep(&mut client, call, options.wait, progress).map(|(id, kept)| Captured {
@@ -144,14 +147,6 @@ fn keep(
     }
 }
 
-/// Files that are not in the snapshot and must be the same at a restore.
-fn base_images(spec: &SandboxSpec) -> BTreeMap<String, String> {
-    let files = base_files(spec).into_iter();
-    files
-        .map(|(name, path)| (name, path.to_string_lossy().into_owned()))
-        .collect()
-}
-
 /// Writes a sandbox down into files of the keeper, which vanish unless somebody keeps them.
 pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Image, SnapshotError> {
     let disk_only = what == What::Disk;
@@ -180,6 +175,10 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
     let was_paused = matches!(look, State::Paused(_));
     let saved = Saved::of(found, spec)?;
     let spec = &saved.spec;
+    let base_files = match look.vmm() {
+        Some(vmm) => used_files(&found.called(), spec, vmm.pid)?,
+        None => BTreeMap::new(),
+    };
     // What this very guest was loaded from: it may have been booted since it was restored.
     let loaded = Loaded::of(found)?;
     // A view of a template has pages that are in no memory of the VMM's own; only a whole image holds them, too.
@@ -235,6 +234,7 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
         state,
         memory,
         disk,
+        base_files,
         is_increment: begun.has_base,
         frozen,
         paused,

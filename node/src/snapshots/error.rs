@@ -49,6 +49,12 @@ pub enum SnapshotError {
         "sandbox {id} has the writable drive '{drive}', which does not belong to it alone: a clone would share it"
     )]
     WritableDrive { id: String, drive: String },
+    #[error("sandbox {id}: '{path}' is no longer the file that the guest uses: {why}")]
+    Replaced {
+        id: String,
+        path: String,
+        why: String,
+    },
     #[error("snapshot {id} cannot be restored: {why}")]
     Unfit {
         id: String,
@@ -86,6 +92,9 @@ impl SnapshotError {
             Self::NoOrigin(_) => "name a snapshot; 'belljar snapshots' lists them",
             Self::WritableDrive { .. } => {
                 "give it read-only (--drive PATH:ro), or copy what is needed to the sandbox's own disk"
+            }
+            Self::Replaced { .. } => {
+                "put the file back in its place (a copy is another one); a clone would see the wrong content"
             }
             Self::Unfit { remedy, .. } => return Some(remedy.clone()),
         };

@@ -8,6 +8,7 @@ mod reset;
 mod restore;
 mod saved;
 mod store;
+mod used;
 
 use std::path::PathBuf;
 

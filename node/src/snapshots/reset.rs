@@ -66,7 +66,7 @@ pub fn reset(
     restored.life = Life::Persistent;
     dir.write_record_durably(state::CONFIG, &restored)?;
     stages.mark("prepared");
-    let sandbox = bring_up(host, &source, dir, lock, stages)?;
+    let sandbox = bring_up(host, &source, (dir, lock), true, stages)?;
     // From now on it goes away with its guest, if it did before.
     restored.life = spec.life;
     dir.write_record(state::CONFIG, &restored)?;

@@ -264,7 +264,8 @@ pub fn restore(
     };
     let (dir, lock) = create_with(host.root, &made, |dir| source.fill(dir, spec.life))?;
     stages.mark("prepared");
-    let restored = bring_up(host, source, &dir, lock, stages);
+    let stays = spec.life == Life::Persistent;
+    let restored = bring_up(host, source, (&dir, lock), stays, stages);
     if restored.is_err() {
         // One that never came up is not kept, even with a name.
         let _ = dir.remove();
@@ -276,17 +277,17 @@ pub fn restore(
     Ok(restored)
 }
 
-/// Starts a sandbox whose directory holds what it needs.
+/// Starts a sandbox whose directory holds what it needs; `stays`: its disk outlives the guest.
 pub(super) fn bring_up(
     host: Host<'_>,
     source: &Source,
-    dir: &SandboxDir,
-    lock: File,
+    (dir, lock): (&SandboxDir, File),
+    stays: bool,
     stages: &mut Stages,
 ) -> Result<Sandbox, SnapshotError> {
     let (programs, limits) = (host.programs, host.limits);
     Ok(if source.machine.is_some() {
-        Sandbox::restore(dir, lock, programs, source, limits, stages)?
+        Sandbox::restore(dir, lock, programs, source, stays, limits, stages)?
     } else {
         // Only the disk was saved: the guest is booted.
         Sandbox::start(dir, lock, programs, host.assets, limits, stages)?

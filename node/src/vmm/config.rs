@@ -23,8 +23,10 @@ pub struct Drive {
 /// Whether the guest's flushes reach the host's disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub enum CacheType {
-    /// For a disk that goes away with the sandbox.
+    /// The guest does not flush at all.
     Unsafe,
+    /// It does, which does nothing: for a disk that goes away with the sandbox.
+    Volatile,
     Writeback,
 }
 

@@ -58,6 +58,23 @@ impl Aside {
         self.file.sync_data()
     }
 
+    /// Takes its name from the file that has it, durably, until that is put back by dropping what is returned.
+    pub fn withdraw(&self) -> io::Result<Withdrawn> {
+        let Some((temporary, path)) = &self.place else {
+            return Ok(Withdrawn(None));
+        };
+        let mut before = temporary.clone().into_os_string();
+        before.push("-before");
+        let before = PathBuf::from(before);
+        match std::fs::rename(path, &before) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Withdrawn(None)),
+            Err(error) => return Err(error),
+        }
+        sync_folder_of(path);
+        Ok(Withdrawn(Some((before, path.clone()))))
+    }
+
     /// Gives the file its name; whatever had it keeps its contents for those who have it open.
     /// Call [`Aside::sync`] first.
     pub fn commit(&mut self) -> io::Result<()> {
@@ -65,17 +82,40 @@ impl Aside {
             return Ok(());
         };
         std::fs::rename(temporary, path)?;
-        let parent = path
-            .parent()
-            .filter(|parent| !parent.as_os_str().is_empty());
-        let directory = parent.unwrap_or(Path::new(".")).to_owned();
+        sync_folder_of(path);
         self.place = None;
-        // The name lasts too. A directory that cannot be opened or synced (some file systems)
-        // has the name all the same.
-        if let Ok(directory) = File::open(directory) {
-            let _ = directory.sync_all();
-        }
         Ok(())
+    }
+}
+
+/// Makes names last. A directory that cannot be opened or synced (some file systems) has them all the same.
+fn sync_folder_of(path: &Path) {
+    let parent = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty());
+    if let Ok(directory) = File::open(parent.unwrap_or(Path::new("."))) {
+        let _ = directory.sync_all();
+    }
+}
+
+/// A file whose name another one is to get. Dropped before [`Withdrawn::forget`] it has its name again.
+#[derive(Debug)]
+pub struct Withdrawn(Option<(PathBuf, PathBuf)>);
+
+impl Withdrawn {
+    /// Removes it for good.
+    pub fn forget(mut self) {
+        if let Some((before, _)) = self.0.take() {
+            let _ = std::fs::remove_file(before);
+        }
+    }
+}
+
+impl Drop for Withdrawn {
+    fn drop(&mut self) {
+        if let Some((before, path)) = &self.0 {
+            let _ = std::fs::rename(before, path);
+        }
     }
 }
 
@@ -114,6 +154,27 @@ mod tests {
         assert_eq!(std::fs::read(&path).unwrap(), b"new");
         assert_eq!(io::read_to_string(&mut reader).unwrap(), "old");
         assert_eq!(names(directory.path()), ["snapshot"]);
+    }
+
+    #[test]
+    fn what_is_replaced_is_away_until_it_is_put_back_or_forgotten() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("state");
+        let mut aside = Aside::create(&path).unwrap();
+        // There is nothing yet.
+        drop(aside.withdraw().unwrap());
+        aside.commit().unwrap();
+        std::fs::write(&path, "old").unwrap();
+        let mut aside = Aside::create(&path).unwrap();
+        let before = aside.withdraw().unwrap();
+        assert!(!path.exists(), "a crash now leaves no old state");
+        drop(before);
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        aside.withdraw().unwrap().forget();
+        assert!(!path.exists());
+        aside.commit().unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"");
+        assert_eq!(names(directory.path()), ["state"]);
     }
 
     #[test]

@@ -13,6 +13,9 @@ pub enum CacheType {
     /// No flush feature: what the guest syncs may be lost when the host crashes.
     #[default]
     Unsafe,
+    /// Ours: the guest may flush, but that does not reach the host's disk. Unlike `Unsafe`, a guest that is saved
+    /// with it can go on with `Writeback`.
+    Volatile,
     /// The guest's flushes reach the host's disk.
     Writeback,
 }
@@ -220,7 +223,7 @@ pub(super) fn check_layers(format: Format, layers: &[Source]) -> Result<(), Conf
 fn cache_type(format: Format, given: Option<CacheType>) -> Result<CacheType, ConfigError> {
     match (format, given) {
         (Format::Raw, given) => Ok(given.unwrap_or_default()),
-        (Format::Layers, Some(CacheType::Unsafe)) => Err(ConfigError::new(
+        (Format::Layers, Some(CacheType::Unsafe | CacheType::Volatile)) => Err(ConfigError::new(
             "cache_type",
             "a drive with format \"layers\" is always \"Writeback\"",
         )),
@@ -285,6 +288,10 @@ mod tests {
             (r#", "format": "qcow2""#, "qcow2"),
             (
                 r#", "format": "layers", "layers": ["a"], "cache_type": "Unsafe""#,
+                "Writeback",
+            ),
+            (
+                r#", "format": "layers", "layers": ["a"], "cache_type": "Volatile""#,
                 "Writeback",
             ),
         ] {

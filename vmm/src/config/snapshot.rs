@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use super::{ConfigError, Source, check_id, refuse};
+use super::{CacheType, ConfigError, Source, check_id, refuse};
 
 /// How much of RAM a snapshot holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -126,6 +126,8 @@ pub struct DriveOverride {
     pub path_on_host: Option<Source>,
     /// Of a layered drive; empty: as in the snapshot.
     pub layers: Vec<Source>,
+    /// `None`: as in the snapshot. Layered drives know only one.
+    pub cache_type: Option<CacheType>,
 }
 
 impl DriveOverride {
@@ -191,6 +193,8 @@ struct RawDrive {
     path_on_host: Option<Source>,
     #[serde(default)]
     layers: Vec<Source>,
+    #[serde(default)]
+    cache_type: Option<CacheType>,
 }
 
 impl TryFrom<RawLoad> for SnapshotLoad {
@@ -223,12 +227,14 @@ impl TryFrom<RawLoad> for SnapshotLoad {
             drive_id,
             path_on_host,
             layers,
+            cache_type,
         } in raw.drive_overrides
         {
             check_id("drive_overrides.drive_id", &drive_id)?;
             let files = DriveOverride {
                 path_on_host,
                 layers,
+                cache_type,
             };
             if files.sources().next().is_none() {
                 return Err(ConfigError::new(

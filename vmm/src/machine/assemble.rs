@@ -307,7 +307,7 @@ impl<'a> Builder<'a> {
             id: drive.drive_id.clone(),
             serial: drive.serial().to_owned(),
             read_only: drive.is_read_only,
-            writeback: drive.cache_type == crate::config::CacheType::Writeback,
+            cache_type: drive.cache_type,
             engine: drive.io_engine,
         };
         let device = blk::Block::new(disk, &options).map_err(|e| failed(e.to_string()))?;

@@ -371,6 +371,11 @@ fn override_drive(drive: &mut Drive, files: &DriveOverride) -> Result<(), LoadEr
     if let Some(source) = &files.path_on_host {
         drive.path_on_host.clone_from(source);
     }
+    if let Some(cache_type) = files.cache_type
+        && drive.format == Format::Raw
+    {
+        drive.cache_type = cache_type;
+    }
     Ok(())
 }
 
@@ -426,7 +431,7 @@ fn tell_generation(vm: &Vm, ram: &GuestRam, saved: &Saved) -> Assembled<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::parse;
+    use crate::config::{CacheType, parse};
 
     const SAVED: &[u8] =
         br#"{"drives": [{"drive_id": "a", "path_on_host": "/secret", "is_root_device": false}],
@@ -455,6 +460,15 @@ mod tests {
         }
         let config = overridden(&format!("{only}{drive}{vsock}")).unwrap();
         assert_eq!(config.drives[0].path_on_host.to_string(), "mine");
+        assert_eq!(config.drives[0].cache_type, CacheType::Unsafe);
+    }
+
+    #[test]
+    fn what_is_kept_may_flush_though_the_saved_one_did_not_need_to() {
+        let drive = r#", "drive_overrides": [{"drive_id": "a", "path_on_host": "mine",
+            "cache_type": "Writeback"}]"#;
+        let config = overridden(drive).unwrap();
+        assert_eq!(config.drives[0].cache_type, CacheType::Writeback);
     }
 
     #[test]

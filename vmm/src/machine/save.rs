@@ -246,8 +246,11 @@ impl Capture {
         self.files.state.sync().map_err(state_failed())?;
         // Of a guest that has stood still all the time; of others it was done.
         self.freeze_layers()?;
-        // The state last: where it is, RAM is.
+        // The state last: where it is, its RAM is. So what is replaced goes first: a crash in between must not
+        // leave the new RAM beside the old state.
+        let before = self.files.state.withdraw().map_err(state_failed())?;
         self.files.ram.commit().map_err(ram_failed())?;
+        before.forget();
         self.files.state.commit().map_err(state_failed())?;
         Ok((written, state.len()))
     }

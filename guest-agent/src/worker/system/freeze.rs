@@ -55,6 +55,16 @@ pub(in super::super) fn is_guest_frozen() -> bool {
     PROGRAMS.load(Ordering::Relaxed)
 }
 
+/// Whether all of them are stopped, as the kernel says.
+pub(super) fn programs_stand_still(context: &Context) -> Result<bool, v1::Error> {
+    let path = format!("{}/cgroup.events", context.config.user_cgroup);
+    let failed = |errno| system_error(format_args!("reading {path}"), errno);
+    let mut text = [0; 256];
+    let events = procfs::open(&path).map_err(failed)?;
+    let got = rustix::io::read(&events, &mut text).map_err(failed)?;
+    Ok(is_frozen(text.get(..got).unwrap_or_default()))
+}
+
 /// Freezes; answers when all is stopped. What fails half-way is undone.
 pub(in super::super) fn freeze(context: &Context, conn: &mut Conn, call: v1::Freeze) -> Answered {
     let limit = match call.time_limit_ms {

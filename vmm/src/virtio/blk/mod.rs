@@ -27,7 +27,7 @@ use self::work::{InFlight, Work};
 use super::chain::{self, Again, Chain, Outcome};
 use super::device::{DeviceError, DeviceIo, DeviceState, HostEvent, RestoreError, VirtioDevice};
 use crate::backend::disk::{Disk, Op, Started};
-use crate::config::IoEngine;
+use crate::config::{CacheType, IoEngine};
 use crate::memory::GuestRam;
 
 const F_INDIRECT_DESC: u64 = 1 << 28;
@@ -51,9 +51,9 @@ pub struct Options {
     /// What the guest reads as serial; the first 20 bytes count.
     pub serial: String,
     pub read_only: bool,
-    /// `cache_type: Writeback`: the guest may flush, and a flush reaches the host's disk.
-    /// Without, flushes are not offered, and one sent anyhow succeeds and does nothing.
-    pub writeback: bool,
+    /// Whether flushes are offered, and whether one reaches the host's disk. One that does not succeeds and does
+    /// nothing.
+    pub cache_type: CacheType,
     /// For media that [`Control`] brings later.
     pub engine: IoEngine,
 }
@@ -76,7 +76,7 @@ pub struct Block {
     name: String,
     serial: [u8; ID_BYTES],
     read_only: bool,
-    writeback: bool,
+    cache_type: CacheType,
     config: ConfigSpace,
     stats: Arc<Stats>,
     again: Arc<Again>,
@@ -105,7 +105,7 @@ impl Block {
             name: format!("blk/{}", options.id),
             serial,
             read_only: options.read_only,
-            writeback: options.writeback,
+            cache_type: options.cache_type,
             config: ConfigSpace::new(disk.size() / SECTOR, !options.read_only),
             stats: Arc::default(),
             control,
@@ -256,7 +256,7 @@ impl Block {
             }
             Request::Flush => {
                 count(&stats.flushes, 1);
-                if !self.writeback || self.read_only {
+                if self.cache_type != CacheType::Writeback || self.read_only {
                     return Ok(Started::Done(Ok(())));
                 }
                 disk.start(mem, Op::Flush, tag)
@@ -413,7 +413,7 @@ impl VirtioDevice for Block {
             features |= F_RO;
         } else {
             features |= F_DISCARD | F_WRITE_ZEROES;
-            if self.writeback {
+            if self.cache_type != CacheType::Unsafe {
                 features |= F_FLUSH;
             }
         }

@@ -1,6 +1,6 @@
 use super::config::*;
 use super::*;
-use crate::config::IoEngine;
+use crate::config::{CacheType, IoEngine};
 use crate::virtio::testing::hostile::{self, Shape};
 use crate::virtio::testing::{Buffer, Harness};
 use std::fs::File;
@@ -25,7 +25,7 @@ fn options(read_only: bool, engine: IoEngine) -> Options {
         id: "d".into(),
         serial: "serial-of-d".into(),
         read_only,
-        writeback: true,
+        cache_type: CacheType::Writeback,
         engine,
     }
 }
@@ -321,19 +321,29 @@ fn discard_needs_its_feature() {
 }
 
 #[test]
-fn flush_is_offered_only_with_writeback() {
+fn flush_is_offered_unless_the_cache_is_unsafe() {
     let (block, _file) = block(false, IoEngine::Sync);
     assert_ne!(block.features() & F_FLUSH, 0);
     let disk = open_disk(tempfile_of(512), "d", false, IoEngine::Sync).unwrap();
     let block = Block::new(
         disk,
         &Options {
-            writeback: false,
+            cache_type: CacheType::Unsafe,
             ..options(false, IoEngine::Sync)
         },
     )
     .unwrap();
     assert_eq!(block.features() & F_FLUSH, 0);
+    let disk = open_disk(tempfile_of(512), "d", false, IoEngine::Sync).unwrap();
+    let block = Block::new(
+        disk,
+        &Options {
+            cache_type: CacheType::Volatile,
+            ..options(false, IoEngine::Sync)
+        },
+    )
+    .unwrap();
+    assert_ne!(block.features() & F_FLUSH, 0);
 }
 
 fn tempfile_of(size: u64) -> File {
