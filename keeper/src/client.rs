@@ -1,12 +1,12 @@
 //! A connection to the keeper, which is started if there is none.
 
 use std::fs::{DirBuilder, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::v1::{self, reply::Result as Answer, request::Call};
@@ -20,6 +20,9 @@ const RETRY: Duration = Duration::from_millis(2);
 /// A keeper that starts instead of one that has just left is tried again after this time.
 const START_AGAIN: Duration = Duration::from_secs(2);
 
+/// Of what a keeper says that cannot do its work.
+const LONGEST_LAST_WORDS: u64 = 64 << 10;
+
 /// The keeper could not be asked, or refused.
 #[derive(Debug, thiserror::Error)]
 pub enum KeeperError {
@@ -27,6 +30,8 @@ pub enum KeeperError {
     Start { program: PathBuf, source: io::Error },
     #[error("the keeper did not come up within {} s{}", limit.as_secs(), because(last))]
     NotUp { limit: Duration, last: String },
+    #[error("the keeper did not come up{}", because(said))]
+    Ended { said: String },
     #[error("a keeper of another version runs ({found}, this is {VERSION})")]
     Version { found: u32 },
     #[error("{message}")]
@@ -55,7 +60,9 @@ impl KeeperError {
         use v1::error::Code;
         match self {
             Self::Start { .. } => Some("run 'make build': belljar-keeper belongs beside belljar"),
-            Self::NotUp { .. } => Some("'belljar doctor' checks the state directory"),
+            Self::NotUp { .. } | Self::Ended { .. } => {
+                Some("'belljar doctor' checks the state directory")
+            }
             Self::Version { .. } => {
                 Some("wait until it has nothing to do and leaves, a few seconds, and try again")
             }
@@ -99,11 +106,15 @@ impl Keeper {
     pub fn connect(&self) -> Result<Client, KeeperError> {
         let deadline = Instant::now() + START_LIMIT;
         let mut start_at = Instant::now();
+        let mut started: Option<Started> = None;
         loop {
             match self.try_connect() {
                 Ok(Some(client)) => return Ok(client),
                 Ok(None) => {}
                 Err(error) => return Err(error),
+            }
+            if let Some(said) = started.as_mut().and_then(Started::failure) {
+                return Err(KeeperError::Ended { said });
             }
             let now = Instant::now();
             if now >= deadline {
@@ -114,7 +125,7 @@ impl Keeper {
                 });
             }
             if now >= start_at {
-                self.start()?;
+                started = Some(self.start()?);
                 // Several may do so at once: all but one of these keepers leave again.
                 start_at = now + START_AGAIN;
             }
@@ -154,7 +165,7 @@ impl Keeper {
         Ok(Some(Client { connection }))
     }
 
-    fn start(&self) -> Result<(), KeeperError> {
+    fn start(&self) -> Result<Started, KeeperError> {
         let failed = |source| KeeperError::Start {
             program: self.program.clone(),
             source,
@@ -164,16 +175,41 @@ impl Keeper {
             .mode(0o700)
             .create(&self.dir)
             .map_err(failed)?;
-        let mut child = Command::new(&self.program)
+        let child = Command::new(&self.program)
             .arg(&self.dir)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(Stdio::piped())
             .spawn()
             .map_err(failed)?;
-        // It outlives this process, or is reaped if it leaves before.
-        std::thread::spawn(move || child.wait());
-        Ok(())
+        Ok(Started(Some(child)))
+    }
+}
+
+/// A keeper that this process has started. It outlives this process, or is reaped if it leaves before.
+struct Started(Option<Child>);
+
+impl Started {
+    /// Why it has ended; `None`: it has not, or because another one serves, or somebody killed it.
+    fn failure(&mut self) -> Option<String> {
+        let child = self.0.as_mut()?;
+        let status = child.try_wait().ok()??;
+        let mut said = String::new();
+        if let Some(stderr) = child.stderr.take() {
+            let _ = stderr.take(LONGEST_LAST_WORDS).read_to_string(&mut said);
+        }
+        self.0 = None;
+        let said = said.lines().last().unwrap_or_default();
+        let said = said.trim_start_matches("belljar-keeper: ").to_owned();
+        status.code().filter(|code| *code != 0).map(|_| said)
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.0.take() {
+            std::thread::spawn(move || child.wait());
+        }
     }
 }
 

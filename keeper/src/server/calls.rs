@@ -14,7 +14,7 @@ use super::capture::ARCHITECTURE;
 use super::names::{io_error, refusal, snapshot};
 use super::session::Answered;
 use super::templates::{Part, read_only};
-use super::{Busy, Shared, log};
+use super::{Busy, Point, Shared, log};
 use crate::images;
 use crate::v1::{self, error::Code, reply::Result as Answer, request::Call};
 
@@ -43,6 +43,8 @@ pub(super) fn answer(
         Call::Remove(call) => {
             let id = find(shared, &call.snapshot)?;
             shared.store.remove(id, &ids(&call.live))?;
+            // It is gone by now, whatever fails.
+            let _ = shared.surroundings.at(Point::Removed);
             shared.templates.remove(id);
             plain(Answer::Done(v1::Done {}))
         }

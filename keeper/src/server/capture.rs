@@ -14,7 +14,7 @@ use belljar_store::{
 
 use super::names::{io_error, refusal};
 use super::templates::Part;
-use super::{Busy, Shared, locked, log};
+use super::{Busy, Point, Shared, locked, log};
 use crate::images;
 use crate::v1::{self, error::Code};
 
@@ -186,6 +186,10 @@ pub(super) fn keep(busy: Busy, files: Files, keep: v1::Keep) -> Result<Storing, 
     let began = Instant::now();
     let writer = shared.store.begin(options(&shared, &keep)?)?;
     let id = writer.id();
+    let surroundings = &shared.surroundings;
+    surroundings
+        .at(Point::Accepted)
+        .map_err(io_error("store the capture"))?;
     shared.captures.begin(id, tags);
     let (sender, end) = mpsc::channel();
     let so_far = Arc::new(SoFar::default());
@@ -205,6 +209,8 @@ pub(super) fn keep(busy: Busy, files: Files, keep: v1::Keep) -> Result<Storing, 
             Err(error) => log::line(&format!("snapshot {id} is lost: {}", error.message)),
         }
         let kept = outcome.is_ok();
+        // It exists by now, whatever fails.
+        let _ = shared.surroundings.at(Point::Kept);
         drop(ending);
         // Whoever asked may have gone.
         let _ = sender.send(outcome);

@@ -7,7 +7,10 @@ mod log;
 mod names;
 mod rescue;
 mod session;
+mod surroundings;
 mod templates;
+
+pub use surroundings::{Point, Surroundings};
 
 use std::fs::{DirBuilder, File};
 use std::io;
@@ -55,6 +58,7 @@ pub(crate) struct Shared {
     pub(crate) digests: digests::Digests,
     /// Held while what is said about a snapshot is changed.
     pub(crate) marking: Mutex<()>,
+    pub(crate) surroundings: Arc<dyn Surroundings>,
     busy: AtomicUsize,
 }
 
@@ -88,6 +92,14 @@ pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// # Errors
 /// The directory or the store cannot be used.
 pub fn run(dir: &Path) -> Result<(), ServerError> {
+    run_in(dir, Arc::new(surroundings::Undisturbed))
+}
+
+/// [`run`], in any surroundings.
+///
+/// # Errors
+/// As there.
+pub fn run_in(dir: &Path, surroundings: Arc<dyn Surroundings>) -> Result<(), ServerError> {
     let _ = rustix::process::setsid();
     DirBuilder::new()
         .recursive(true)
@@ -100,7 +112,7 @@ pub fn run(dir: &Path) -> Result<(), ServerError> {
     let Some(_lock) = take_lock()? else {
         return Ok(());
     };
-    let served = serve();
+    let served = serve(surroundings);
     if let Err(error) = &served {
         crate::server::log::line(&error.to_string());
     }
@@ -132,22 +144,26 @@ fn take_lock() -> Result<Option<File>, ServerError> {
     }
 }
 
-fn serve() -> Result<(), ServerError> {
+fn serve(surroundings: Arc<dyn Surroundings>) -> Result<(), ServerError> {
     let store = Path::new("store");
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(store)
         .map_err(failed("make the store's directory"))?;
-    let store = match Store::open(store) {
-        Err(belljar_store::Error::NoStore) => Store::create(store, Settings::default())?,
+    let folder = surroundings
+        .store(store)
+        .map_err(failed("open the store's directory"))?;
+    let store = match Store::open_on(Arc::clone(&folder), false) {
+        Err(belljar_store::Error::NoStore) => Store::create_on(folder, Settings::default())?,
         other => other?,
     };
     for problem in store.problems() {
         log::line(&format!("store: {}: {}", problem.path, problem.what));
     }
     let budget = number(TEMPLATES_VARIABLE).unwrap_or(TEMPLATE_BYTES);
-    let templates = templates::Templates::open(Path::new("templates"), budget)
+    let near = Arc::clone(&surroundings);
+    let templates = templates::Templates::open(Path::new("templates"), budget, near)
         .map_err(failed("use the folder of templates"))?;
     let shared = Arc::new(Shared {
         store,
@@ -155,6 +171,7 @@ fn serve() -> Result<(), ServerError> {
         captures: capture::Captures::default(),
         digests: digests::Digests::load(Path::new("digests")),
         marking: Mutex::default(),
+        surroundings,
         busy: AtomicUsize::new(0),
     });
     let _ = std::fs::remove_file(SOCKET);
@@ -162,6 +179,10 @@ fn serve() -> Result<(), ServerError> {
     listener
         .set_nonblocking(true)
         .map_err(failed("listen without waiting"))?;
+    // Whoever started it reads its last words only until it serves, and what it starts may not write to nobody.
+    if let Ok(null) = File::options().write(true).open("/dev/null") {
+        let _ = rustix::stdio::dup2_stderr(null);
+    }
     accept_all(&listener, &shared)?;
     // Who connected in this moment is cut before Hello, and tries again.
     let _ = std::fs::remove_file(SOCKET);

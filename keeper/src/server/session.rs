@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::names::refusal;
 use super::rescue::Held;
-use super::{Busy, calls, capture, log};
+use super::{Busy, Point, calls, capture, log};
 use crate::VERSION;
 use crate::v1::{self, error::Code, reply::Result as Answer, request::Call};
 use crate::wire::{Connection, MAX_MESSAGE, WireError};
@@ -123,6 +123,10 @@ impl Session {
 
     fn begin(&mut self, begin: &v1::Begin, turn: Option<OwnedFd>) -> Answered {
         let files = capture::files(self.busy.shared(), begin)?;
+        let surroundings = &self.busy.shared().surroundings;
+        surroundings
+            .at(Point::Begun)
+            .map_err(super::names::io_error("hand over a file"))?;
         let clone = |file: &std::fs::File| {
             let again = file.try_clone().map(OwnedFd::from);
             again.map_err(super::names::io_error("hand over a file"))

@@ -15,7 +15,7 @@ use std::time::SystemTime;
 use belljar_store::SnapshotId;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 
-use super::locked;
+use super::{Point, Surroundings, locked};
 
 /// What a template is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -44,21 +44,28 @@ pub(crate) struct Templates {
     fresh: Mutex<HashMap<(SnapshotId, Part), Arc<File>>>,
     /// One lock for each that is being filled.
     filling: Mutex<HashMap<(SnapshotId, Part), Turn>>,
+    surroundings: Arc<dyn Surroundings>,
 }
 
 impl Templates {
-    pub(super) fn open(dir: &Path, budget: u64) -> io::Result<Self> {
+    pub(super) fn open(
+        dir: &Path,
+        budget: u64,
+        surroundings: Arc<dyn Surroundings>,
+    ) -> io::Result<Self> {
         std::fs::create_dir_all(dir)?;
         Ok(Self {
             dir: dir.to_path_buf(),
             budget,
             fresh: Mutex::default(),
             filling: Mutex::default(),
+            surroundings,
         })
     }
 
     /// An empty file without a name, on the same file system.
     pub(super) fn nameless(&self) -> io::Result<File> {
+        self.surroundings.at(Point::MakeFile)?;
         let mode = Mode::from(0o600);
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         Ok(rustix::fs::open(&self.dir, flags, mode)?.into())
@@ -88,6 +95,7 @@ impl Templates {
             return Ok((file, true));
         }
         let file = self.nameless()?;
+        self.surroundings.at(Point::Fill)?;
         fill(&file)?;
         let file = self.add(id, part, file);
         drop(turn);
@@ -116,7 +124,9 @@ impl Templates {
 
     fn name(&self, id: SnapshotId, part: Part, file: &File) -> io::Result<()> {
         file.set_permissions(Permissions::from_mode(0o400))?;
+        self.surroundings.at(Point::SyncTemplate)?;
         file.sync_all()?;
+        self.surroundings.at(Point::NameTemplate)?;
         let open = format!("/proc/self/fd/{}", file.as_raw_fd());
         let path = self.path(id, part);
         rustix::fs::linkat(CWD, open, CWD, &path, AtFlags::SYMLINK_FOLLOW)?;
@@ -196,11 +206,12 @@ pub(super) fn read_only(file: &File) -> io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::server::surroundings::Undisturbed;
     use std::io::{Read, Write};
 
     fn templates(budget: u64) -> (tempfile::TempDir, Templates) {
         let dir = tempfile::tempdir().unwrap();
-        let templates = Templates::open(dir.path(), budget).unwrap();
+        let templates = Templates::open(dir.path(), budget, Arc::new(Undisturbed)).unwrap();
         (dir, templates)
     }
 

@@ -2,6 +2,8 @@
 
 mod create;
 mod error;
+#[cfg(test)]
+mod faults;
 mod plan;
 mod record;
 mod restore;

@@ -195,8 +195,45 @@ pub fn check(description: &keeper::Description) -> Result<Saved, SnapshotError> 
             }
         }
     }
+    check_contents(description, &saved).map_err(|why| {
+        unfit(
+            why,
+            "it was not written by Bell Jar as it is; do not trust it",
+        )
+    })?;
     check_memory(description, &unfit)?;
     Ok(saved)
+}
+
+/// Whether its images are those that its record speaks of.
+fn check_contents(description: &keeper::Description, saved: &Saved) -> Result<(), String> {
+    let length = |name: &str| {
+        let image = description.images.iter().find(|image| image.name == name);
+        image.map(|image| image.length)
+    };
+    let (memory, disk) = (length("memory"), length("disk:disk"));
+    if memory.is_some() && length("state").is_none() {
+        return Err("it holds memory, and no state of processors and devices".to_owned());
+    }
+    let spec = &saved.spec;
+    if memory.is_some_and(|bytes| bytes != spec.memory || bytes != description.memory_bytes) {
+        return Err(format!(
+            "it holds {} bytes of memory, and its record speaks of {}",
+            memory.unwrap_or(0),
+            spec.memory
+        ));
+    }
+    if disk != spec.disk {
+        return Err(format!(
+            "it holds a disk of {} bytes, and its record speaks of {}",
+            disk.unwrap_or(0),
+            spec.disk.unwrap_or(0)
+        ));
+    }
+    if memory.is_none() && disk.is_none() {
+        return Err("it holds neither memory nor a disk".to_owned());
+    }
+    Ok(())
 }
 
 /// Clones share what they only read, so the guest's whole RAM need not be free; but some of it must be.
@@ -299,18 +336,23 @@ mod tests {
     use super::*;
 
     const RECORD: &str = r#"{"version": 1, "writer": "0", "sandbox": "0badcafe", "lineage": "0badcafe",
-        "generation": 0, "spec": {"version": 1, "created_ms": 1, "life": "owned", "vcpus": 1, "memory": 1}}"#;
+        "generation": 0, "spec": {"version": 1, "created_ms": 1, "life": "owned", "vcpus": 1, "memory": 268435456, "disk": 1048576}}"#;
 
     fn description() -> keeper::Description {
-        let memory = keeper::Image {
-            name: "memory".into(),
+        let image = |name: &str, length| keeper::Image {
+            name: name.to_owned(),
+            length,
             ..keeper::Image::default()
         };
         keeper::Description {
             sandbox: RECORD.as_bytes().to_vec(),
             memory_bytes: 256 << 20,
             requirements: BTreeMap::from([("cpu-vendor".to_owned(), cpu::vendor())]),
-            images: vec![memory],
+            images: vec![
+                image("state", 9000),
+                image("memory", 256 << 20),
+                image("disk:disk", 1 << 20),
+            ],
             ..keeper::Description::default()
         }
     }
@@ -329,7 +371,12 @@ mod tests {
         assert!(text.contains("a processor of Another"), "{text}");
         let text = why(|of| drop(of.requirements.insert("quantum".into(), "1".into())));
         assert!(text.contains("needs 'quantum'"), "{text}");
-        let text = why(|of| of.memory_bytes = 1 << 50);
+        let text = why(|of| {
+            of.memory_bytes = 1 << 50;
+            of.images[1].length = 1 << 50;
+            let much = RECORD.replace("268435456", &(1_u64 << 50).to_string());
+            of.sandbox = much.into_bytes();
+        });
         assert!(text.contains("this machine"), "{text}");
         let later = RECORD.replacen("\"version\": 1", "\"version\": 9", 1);
         let text = why(|of| of.sandbox = later.into_bytes());
@@ -339,9 +386,30 @@ mod tests {
     }
 
     #[test]
+    fn images_that_the_record_does_not_speak_of_are_told() {
+        for (change, says) in [
+            (
+                (|of| drop(of.images.remove(0))) as fn(&mut keeper::Description),
+                "no state",
+            ),
+            (|of| of.images[1].length -= 4096, "bytes of memory"),
+            (|of| of.memory_bytes -= 4096, "bytes of memory"),
+            (|of| of.images[2].length += 1, "a disk of 1048577"),
+            (|of| drop(of.images.pop()), "a disk of 0"),
+            (|of| of.images.clear(), "a disk of 0"),
+        ] {
+            let text = why(change);
+            assert!(
+                text.contains(says) && text.contains("cannot be restored"),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
     fn another_processor_does_not_matter_to_a_disk() {
         let mut disk = description();
-        disk.images.clear();
+        disk.images.drain(..2);
         disk.requirements
             .insert("cpu-vendor".to_owned(), "Another".to_owned());
         assert!(check(&disk).is_ok());

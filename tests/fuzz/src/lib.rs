@@ -10,6 +10,7 @@ mod files;
 mod layers;
 pub mod mutate;
 mod store;
+mod vm_state;
 
 /// A target with some good input to begin with.
 #[derive(Debug, Clone, Copy)]
@@ -60,6 +61,11 @@ pub const TARGETS: &[Target] = &[
         name: "store-stream",
         run: store::stream,
         seeds: store::stream_seeds,
+    },
+    Target {
+        name: "vm-state",
+        run: vm_state::state,
+        seeds: vm_state::seeds,
     },
     Target {
         name: "layer",

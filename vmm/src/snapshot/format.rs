@@ -57,7 +57,7 @@ pub fn decode(file: &[u8]) -> Result<Saved, FormatError> {
     convert::from_wire(state)
 }
 
-fn seal(body: &[u8]) -> Result<Vec<u8>, FormatError> {
+pub(super) fn seal(body: &[u8]) -> Result<Vec<u8>, FormatError> {
     let whole = HEAD + body.len() + TAIL;
     let len = u32::try_from(body.len()).ok().filter(|_| whole <= MAX_LEN);
     let len = len.ok_or(FormatError::TooLarge(whole))?;

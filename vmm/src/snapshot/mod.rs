@@ -7,6 +7,8 @@
 //! the configuration's own checks). `docs/vm-state-format.md` describes every field.
 mod convert;
 pub mod format;
+#[doc(hidden)]
+pub mod probe;
 mod wire;
 
 #[cfg(test)]
