@@ -103,7 +103,7 @@ fn what_does_not_fit_leaves_all_as_it_was() {
         std::fs::write(dir.file(state::DISK), b"old").unwrap();
         Ok(())
     };
-    let (dir, _lock) = create_with(&root, &spec("first"), old).unwrap();
+    let (dir, lock) = create_with(&root, &spec("first"), old).unwrap();
     let source = source();
     {
         let _ballast = Ballast::leaving(&root, MIB);
@@ -135,6 +135,8 @@ fn what_does_not_fit_leaves_all_as_it_was() {
             "a record is replaced as a whole or not at all"
         );
     }
+    // Nothing may be open for writing then.
+    drop(lock);
     mount(&["-o", "remount,ro"], place.path());
     let error = source.prepare(&dir, true).unwrap_err().to_string();
     assert!(error.contains("Read-only file system"), "{error}");
