@@ -36,6 +36,9 @@ pub struct SnapshotCreate {
     /// paused before.
     #[serde(default)]
     pub resume_vm: bool,
+    /// Ours: how long the running guest may take to name its free pages before, in milliseconds; 0: it is not asked.
+    #[serde(default)]
+    pub hint_free_pages_ms: u16,
 }
 
 /// `PUT /snapshot/reset`.

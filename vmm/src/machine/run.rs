@@ -3,7 +3,7 @@ use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, SubscriberId, SubscriberOps};
 use rustix::process::{Resource, getrlimit, setrlimit};
@@ -31,6 +31,7 @@ use crate::config::{
 use crate::legacy::MachineEvent;
 use crate::memory::handled::Faults;
 use crate::metrics::{FLUSH_PERIOD, Metrics, Registry};
+use crate::virtio::balloon::BalloonHandle;
 use crate::{log, log_debug, log_error, log_info, log_limited, log_warn};
 
 /// Exit status of a command line that is wrong.
@@ -120,11 +121,25 @@ struct Machine {
     writing: Option<JoinHandle<()>>,
     /// RAM is being completed for a snapshot.
     completing: bool,
+    /// A snapshot that waits for the guest to name its free pages.
+    hinting: Option<Hinting>,
     boot_timer: bool,
     started: Instant,
     guest_started: Option<Instant>,
     ending: Option<Ending>,
 }
+
+/// A call to make a snapshot that waits until the guest has named its free pages.
+struct Hinting {
+    request: Request,
+    reply: Reply,
+    balloon: BalloonHandle,
+    started: Instant,
+    within: Duration,
+}
+
+/// How often it is looked whether the guest has named its free pages: it does so on the vCPU's thread.
+const HINTING_LOOK: Duration = Duration::from_millis(1);
 
 /// A snapshot that a frozen copy of this process writes.
 struct Captured {
@@ -202,6 +217,7 @@ impl Machine {
             captured: None,
             writing: None,
             completing: false,
+            hinting: None,
             boot_timer: args.boot_timer,
             started,
             guest_started: None,
@@ -273,7 +289,8 @@ impl Machine {
 
     fn event_loop(&mut self) -> Ending {
         loop {
-            let turn = match self.next_flush {
+            let look = self.hinting.as_ref().map(|_| Instant::now() + HINTING_LOOK);
+            let turn = match self.next_flush.into_iter().chain(look).min() {
                 None => self.manager.run(),
                 Some(at) => {
                     let left = at.saturating_duration_since(Instant::now());
@@ -295,6 +312,7 @@ impl Machine {
                 // One a turn: more keep the descriptor readable, and the guest has its turn.
                 self.take_command(command);
             }
+            self.look_at_hinting();
             if self.woken.signals.take() {
                 self.ending.get_or_insert(Ending::Stopped);
             }
@@ -349,6 +367,65 @@ impl Machine {
         if let Err(fault) = self.configurator.add_descriptors(fds) {
             return reply.send(Err(fault));
         }
+        match self.needs_hints(&request) {
+            Ok(None) => self.take_with_complete_ram(request, reply),
+            Ok(Some((balloon, within))) => {
+                // It may have its pages back as soon as it has named them all.
+                balloon.start_hinting(true);
+                self.hinting = Some(Hinting {
+                    request,
+                    reply,
+                    balloon,
+                    started: Instant::now(),
+                    within,
+                });
+            }
+            Err(fault) => reply.send(Err(fault)),
+        }
+    }
+
+    /// The balloon to ask for free pages before this call, and how long.
+    fn needs_hints(
+        &mut self,
+        request: &Request,
+    ) -> Result<Option<(BalloonHandle, Duration)>, Fault> {
+        let Request::CreateSnapshot(create) = request else {
+            return Ok(None);
+        };
+        let balloon = self.guest.as_ref().and_then(|guest| guest.balloon.clone());
+        let Some(balloon) = balloon.filter(|_| create.hint_free_pages_ms > 0) else {
+            return Ok(None);
+        };
+        // What is refused is refused at once.
+        self.configurator.apply(request.clone())?;
+        if self.hinting.is_some() {
+            return Err(Fault::new(
+                "hint_free_pages_ms: the guest is naming its free pages for another snapshot; wait for its answer",
+            ));
+        }
+        let within = Duration::from_millis(create.hint_free_pages_ms.into());
+        Ok(Some((balloon, within)))
+    }
+
+    /// Goes on with the snapshot when its guest has named its free pages, or its time is over.
+    fn look_at_hinting(&mut self) {
+        let is_over = |hinting: &mut Hinting| {
+            !hinting.balloon.is_hinting() || hinting.started.elapsed() >= hinting.within
+        };
+        let Some(hinting) = self.hinting.take_if(is_over) else {
+            return;
+        };
+        let took = hinting.started.elapsed().as_micros();
+        if hinting.balloon.is_hinting() {
+            hinting.balloon.stop_hinting();
+            log_info!("the guest did not name all its free pages in {took} us");
+        } else {
+            log_debug!("free pages named in {took} us");
+        }
+        self.take_with_complete_ram(hinting.request, hinting.reply);
+    }
+
+    fn take_with_complete_ram(&mut self, request: Request, reply: Reply) {
         match self.needs_complete_ram(&request) {
             Ok(None) => self.take_request(request, reply),
             Ok(Some(faults)) => self.complete_for(request, reply, faults),

@@ -1,6 +1,7 @@
 //! A Linux guest saved in one VMM goes on in others.
 
 mod chain;
+mod handler;
 
 use std::fs;
 use std::path::Path;

@@ -1,7 +1,7 @@
 //! `/snapshot/create` and `/snapshot/load`: when they are allowed.
 use super::{Configurator, Effect, Outcome, Phase};
 use crate::api::Fault;
-use crate::config::{Format, MachineConfig, SnapshotCreate, SnapshotLoad, VmConfig};
+use crate::config::{Format, MachineConfig, SnapshotCreate, SnapshotLoad, SnapshotType, VmConfig};
 
 impl Configurator {
     pub(super) fn create_snapshot(&self, create: SnapshotCreate) -> Outcome {
@@ -17,6 +17,9 @@ impl Configurator {
                 "mem_file_path: it is the same file as snapshot_path",
             ));
         }
+        if create.hint_free_pages_ms > 0 {
+            self.check_hinting(&create)?;
+        }
         self.check_source("snapshot_path", Some(&create.snapshot_path))?;
         self.check_source("mem_file_path", Some(&create.mem_file_path))?;
         for (id, source) in &create.next_layers {
@@ -30,6 +33,26 @@ impl Configurator {
             }
         }
         Ok(Effect::CreateSnapshot(create))
+    }
+
+    fn check_hinting(&self, create: &SnapshotCreate) -> Result<(), Fault> {
+        let why = if !self
+            .config
+            .balloon
+            .as_ref()
+            .is_some_and(|b| b.free_page_hinting)
+        {
+            "there is no balloon with free_page_hinting"
+        } else if self.phase == Phase::Paused {
+            "a paused guest cannot name its free pages; pause it after /balloon/hinting/start, or have the \
+             snapshot pause it with \"resume_vm\": true"
+        } else if create.snapshot_type == SnapshotType::Increment {
+            // Each page would count as changed.
+            "it would make an increment larger"
+        } else {
+            return Ok(());
+        };
+        Err(Fault::new(format!("hint_free_pages_ms: {why}")))
     }
 
     pub(super) fn load_snapshot(&self, load: SnapshotLoad) -> Outcome {
@@ -107,6 +130,34 @@ mod tests {
         assert!(create(&mut configurator, "m").is_ok());
         assert!(create(&mut configurator, "s").is_err(), "one file for both");
         assert!(create(&mut configurator, "fd:none").is_err());
+    }
+
+    #[test]
+    fn only_a_running_guest_with_a_balloon_can_name_its_free_pages() {
+        let mut configurator = Configurator::default();
+        let mut hinting = VmConfig::default();
+        let balloon = br#"{"amount_mib": 0, "deflate_on_oom": true, "free_page_hinting": true}"#;
+        hinting.balloon = Some(parse(balloon).unwrap());
+        let effect = load(&mut configurator).unwrap();
+        configurator.adopt(VmConfig::default());
+        configurator.done(&effect);
+        let create = |kind: &str| {
+            let text = format!(
+                r#"{{"snapshot_path": "s", "mem_file_path": "m", "resume_vm": true, "hint_free_pages_ms": 9,
+                "snapshot_type": "{kind}"}}"#
+            );
+            Request::CreateSnapshot(parse(text.as_bytes()).unwrap())
+        };
+        let refused = configurator.apply(create("Full")).unwrap_err();
+        assert!(refused.message.contains("no balloon"), "{refused}");
+        configurator.adopt(hinting);
+        assert!(configurator.apply(create("Full")).is_ok());
+        let refused = configurator.apply(create("Increment")).unwrap_err();
+        assert!(refused.message.contains("larger"), "{refused}");
+        let effect = configurator.apply(Request::Pause).unwrap();
+        configurator.done(&effect);
+        let refused = configurator.apply(create("Full")).unwrap_err();
+        assert!(refused.message.contains("paused"), "{refused}");
     }
 
     #[test]

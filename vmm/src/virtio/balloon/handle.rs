@@ -197,6 +197,11 @@ impl BalloonHandle {
         }
     }
 
+    /// Whether a run that was asked for is not over.
+    pub fn is_hinting(&self) -> bool {
+        self.lock().hinting.host_cmd >= CMD_FIRST
+    }
+
     pub fn counters(&self) -> BalloonCounters {
         self.lock().counters
     }
