@@ -6,6 +6,7 @@
     clippy::indexing_slicing
 )]
 
+mod bench;
 mod cli;
 mod crashes;
 mod doctor;
