@@ -38,6 +38,16 @@ impl OutputOption {
     }
 }
 
+/// A time as programs read it.
+pub(crate) fn micros(time: std::time::Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// A short time as people read it: "1.4 ms".
+pub(crate) fn ms(time: std::time::Duration) -> String {
+    format!("{:.1} ms", time.as_secs_f64() * 1000.0)
+}
+
 /// Whether standard output takes colour.
 pub(crate) fn has_colour() -> bool {
     let unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());

@@ -76,6 +76,7 @@ impl KeeperError {
                 Code::NoSpace => {
                     Some("'belljar store gc' makes room, 'belljar store du' tells where it is")
                 }
+                Code::NoMemory => Some("'belljar ls' lists what runs; stop something"),
                 Code::Damaged => Some("'belljar store verify' tells which snapshots are affected"),
                 _ => None,
             },

@@ -10,12 +10,14 @@
 //! | `keeper.sock` | where it listens |
 //! | `keeper.log` | what it had to say; begun anew when it is long |
 //! | `store/` | the store, see `docs/snapshot-format.md` |
-//! | `templates/ID.memory`, `ID.disk` | complete images of snapshot ID, sparse, read-only: a cache |
+//! | `templates/ID.memory`, `ID.disk` | complete images of snapshot ID, sparse, read-only, each with a record `.ok`: a cache |
+//! | `touched/ID` | which pages the guests of snapshot ID needed first: a hint |
 //! | `digests` | contents of base images by file, size and time: a cache |
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod client;
 pub mod server;
+mod sys;
 pub mod wire;
 
 /// The messages, from `proto/`.

@@ -102,9 +102,29 @@ impl Place {
         }
     }
 
+    /// Templates are made behind the answer.
+    fn wait_for_templates(&self, count: usize) {
+        let is_named = |entry: std::io::Result<std::fs::DirEntry>| {
+            let name = entry.unwrap().file_name();
+            name.to_string_lossy().ends_with(".ok")
+        };
+        let folder = self.path().join("templates");
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while std::fs::read_dir(&folder)
+            .unwrap()
+            .filter_map(|entry| is_named(entry).then_some(()))
+            .count()
+            < count
+        {
+            assert!(Instant::now() < deadline, "templates get no names");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     fn forget_templates(&self) {
         for entry in std::fs::read_dir(self.path().join("templates")).unwrap() {
-            std::fs::remove_file(entry.unwrap().path()).unwrap();
+            // The keeper may have removed it.
+            let _ = std::fs::remove_file(entry.unwrap().path());
         }
     }
 }
@@ -228,6 +248,7 @@ fn open(client: &mut Client, word: &str) -> Result<Vec<File>, KeeperError> {
     let open = v1::Open {
         snapshot: word.to_owned(),
         candidates: vec![],
+        ..v1::Open::default()
     };
     let (_, files) = client.call(Call::Open(open), &[], |_| {})?;
     Ok(files.into_iter().map(File::from).collect())
@@ -319,16 +340,7 @@ fn prepared() -> (Place, Known, String) {
     let mut client = place.connect();
     let old = capture(&mut client, 1, "old");
     let whole = capture(&mut client, 2, "whole");
-    // Templates are named behind the answer.
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while std::fs::read_dir(place.path().join("templates"))
-        .unwrap()
-        .count()
-        < 4
-    {
-        assert!(Instant::now() < deadline, "templates get no names");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    place.wait_for_templates(4);
     drop(client);
     place.kill();
     place.forget_templates();
@@ -492,8 +504,13 @@ fn small(mib: u64) -> Place {
 }
 
 fn mount(arguments: &[&str], path: &Path) {
-    let done = Command::new("mount").args(arguments).arg(path).status();
-    assert!(done.unwrap().success(), "mount {arguments:?}");
+    // A keeper that was killed takes a moment to close its files.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let done = || Command::new("mount").args(arguments).arg(path).status();
+    while !done().unwrap().success() {
+        assert!(Instant::now() < deadline, "mount {arguments:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// Takes all space but so many KiB; given back when it is dropped.
@@ -591,8 +608,11 @@ fn on_a_full_file_system_nothing_is_half_there_and_room_helps() {
         match client.answer(|_| {}) {
             Ok(_) => {
                 assert!(listed(&mut client), "{left}");
-                let files = open(&mut client, &accepted.id).unwrap();
-                assert!(content(&files[1]) == memory(seed), "{left}");
+                // Its template needs room of its own.
+                match open(&mut client, &accepted.id) {
+                    Ok(files) => assert!(content(&files[1]) == memory(seed), "{left}"),
+                    refusal => no_space(refusal),
+                }
             }
             refusal => {
                 no_space(refusal);
@@ -651,6 +671,7 @@ fn a_store_that_cannot_be_written_is_told_at_once_and_is_not_harmed() {
     let first = capture(&mut client, 1, "first");
     let known = Known::from([(first.clone(), 1)]);
     // Under a keeper that runs. Nothing of it may be open for writing then, but the log.
+    place.wait_for_templates(2);
     drop(client);
     place.kill();
     let again = Instant::now();

@@ -10,179 +10,17 @@ use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use belljar_keeper::client::{Client, Keeper, KeeperError};
+use belljar_keeper::client::Client;
 use belljar_keeper::v1::{self, error::Code, reply::Result as Answer, request::Call};
 
-const MIB: u64 = 1 << 20;
+mod common;
 
-struct Place {
-    dir: tempfile::TempDir,
-}
-
-impl Place {
-    fn new() -> Self {
-        Self {
-            dir: tempfile::tempdir().unwrap(),
-        }
-    }
-
-    fn keeper(&self) -> Keeper {
-        Keeper {
-            dir: self.path(),
-            program: PathBuf::from(env!("CARGO_BIN_EXE_belljar-keeper")),
-        }
-    }
-
-    fn path(&self) -> PathBuf {
-        self.dir.path().join("state/keeper")
-    }
-
-    fn connect(&self) -> Client {
-        self.keeper().connect().unwrap()
-    }
-
-    /// Pids of keepers of this place.
-    fn pids(&self) -> Vec<i32> {
-        let wanted = self.path();
-        let entries = std::fs::read_dir("/proc").unwrap().flatten();
-        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-        pids.filter(|pid| {
-            let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            let words = String::from_utf8_lossy(&words).into_owned();
-            words.contains("belljar-keeper") && words.contains(&*wanted.to_string_lossy())
-        })
-        .collect()
-    }
-
-    fn kill(&self) {
-        for pid in self.pids() {
-            let pid = rustix::process::Pid::from_raw(pid).unwrap();
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-        }
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
-
-fn refused<T: std::fmt::Debug>(result: Result<T, KeeperError>) -> (Code, String) {
-    match result {
-        Err(KeeperError::Refused { code, message }) => (code, message),
-        other => panic!("not refused: {other:?}"),
-    }
-}
-
-fn begin(client: &mut Client, base: &str) -> (v1::Begun, Vec<File>) {
-    let begin = v1::Begin {
-        memory_bytes: 8 * MIB,
-        disk_bytes: MIB,
-        base: base.to_owned(),
-        ..v1::Begin::default()
-    };
-    let (Answer::Begun(begun), files) = client.call(Call::Begin(begin), &[], |_| {}).unwrap()
-    else {
-        panic!("not begun")
-    };
-    (begun, files.into_iter().map(File::from).collect())
-}
-
-fn keep(client: &mut Client, keep: v1::Keep) -> Result<String, KeeperError> {
-    let keep = v1::Keep {
-        has_memory: true,
-        has_disk: true,
-        sandbox: b"who it was".to_vec(),
-        memory_bytes: 8 * MIB,
-        ..keep
-    };
-    let (Answer::Accepted(accepted), _) = client.call(Call::Keep(keep), &[], |_| {})? else {
-        panic!("not accepted")
-    };
-    let mut told: Vec<v1::Progress> = Vec::new();
-    let progress = |answer| match answer {
-        Answer::Progress(so_far) => told.push(so_far),
-        other => panic!("no progress: {other:?}"),
-    };
-    match client.answer(progress)? {
-        (Answer::Kept(kept), _) => assert_eq!(kept.id, accepted.id),
-        other => panic!("not kept: {other:?}"),
-    }
-    assert!(told.is_sorted_by_key(|so_far| so_far.done), "{told:?}");
-    let last = told.last().expect("progress is told");
-    assert_eq!(last.done, last.total);
-    Ok(accepted.id)
-}
-
-fn pages(seed: u64, count: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut bytes = Vec::with_capacity(count * 4096);
-    while bytes.len() < count * 4096 {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend_from_slice(&state.to_le_bytes());
-    }
-    bytes
-}
-
-/// A capture with a hole; returns its id and what memory is.
-fn capture(client: &mut Client, seed: u64, tag: &str) -> (String, Vec<u8>) {
-    let (_, files) = begin(client, "");
-    files[0].write_all_at(b"state", 0).unwrap();
-    files[1].set_len(8 * MIB).unwrap();
-    let mut memory = vec![0; 8 << 20];
-    for at in [0, 3 << 20] {
-        let data = pages(seed + at as u64, 100);
-        memory[at..at + data.len()].copy_from_slice(&data);
-        files[1].write_all_at(&data, at as u64).unwrap();
-    }
-    files[2].set_len(MIB).unwrap();
-    files[2].write_all_at(b"on disk", 4096).unwrap();
-    let call = v1::Keep {
-        tags: vec![tag.to_owned()],
-        ..v1::Keep::default()
-    };
-    (keep(client, call).unwrap(), memory)
-}
-
-fn open(client: &mut Client, word: &str) -> Result<(v1::Opened, Vec<File>), KeeperError> {
-    let open = v1::Open {
-        snapshot: word.to_owned(),
-        candidates: vec![],
-    };
-    let (Answer::Opened(opened), files) = client.call(Call::Open(open), &[], |_| {})? else {
-        panic!("not opened")
-    };
-    Ok((opened, files.into_iter().map(File::from).collect()))
-}
-
-fn content(file: &File) -> Vec<u8> {
-    let mut bytes = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
-    file.read_exact_at(&mut bytes, 0).unwrap();
-    bytes
-}
-
-fn list(client: &mut Client) -> Vec<v1::Snapshot> {
-    let mut all = Vec::new();
-    let collect = |answer| {
-        if let Answer::Item(snapshot) = answer {
-            all.push(snapshot);
-        }
-    };
-    client.call(Call::List(v1::List {}), &[], collect).unwrap();
-    all
-}
-
-fn forget_templates(place: &Path) {
-    for entry in std::fs::read_dir(place.join("templates")).unwrap() {
-        std::fs::remove_file(entry.unwrap().path()).unwrap();
-    }
-}
+use common::{
+    MIB, Place, begin, capture, content, forget_templates, keep, list, open, pages, refused,
+};
 
 #[test]
 fn what_is_kept_is_given_back_hot_and_from_chunks_by_this_keeper_and_the_next() {
@@ -251,7 +89,10 @@ fn an_increment_is_a_whole_snapshot() {
     };
     let id = keep(&mut client, call).unwrap();
     let (opened, files) = open(&mut client, &id).unwrap();
-    assert!(!opened.hot, "an increment's file is no template");
+    assert!(
+        !opened.hot,
+        "an increment's memory is made a template when it is wanted"
+    );
     assert!(content(&files[1]) == memory);
     assert_eq!(content(&files[0]), b"later");
     // A base that is not here, or of another size, is none.
@@ -351,6 +192,7 @@ fn a_base_image_must_be_there_with_its_content() {
                 drive: "image".to_owned(),
                 path: path(file),
             }],
+            ..v1::Open::default()
         };
         client.call(Call::Open(open), &[], |_| {})
     };
@@ -509,4 +351,81 @@ fn use_is_told_for_each_snapshot() {
         .unwrap();
     assert!(matches!(answer, Answer::Usage(usage) if usage.snapshots.is_empty()));
     assert_eq!(told, ids.map(|id| (id, true)));
+}
+
+fn verify(client: &mut Client) -> v1::Verified {
+    let call = Call::Verify(v1::Verify {});
+    let (Answer::Verified(verified), _) = client.call(call, &[], |_| {}).unwrap() else {
+        panic!("not verified")
+    };
+    verified
+}
+
+/// Writes into a template as only root could, leaving its record true.
+fn spoil(place: &Path, id: &str) {
+    use std::os::unix::fs::PermissionsExt;
+    let path = place.join(format!("templates/{id}.memory"));
+    let deadline = Instant::now() + Duration::from_secs(20);
+    // The disk's is the last.
+    while !path.with_extension("disk.ok").exists() {
+        assert!(Instant::now() < deadline, "the template got no name");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let modified = path.metadata().unwrap().modified().unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let file = File::options().write(true).open(&path).unwrap();
+    file.write_all_at(b"spoiled", 5 << 20).unwrap();
+    file.set_modified(modified).unwrap();
+}
+
+#[test]
+fn a_template_is_the_keepers_own_and_one_that_differs_from_its_chunks_is_found() {
+    let place = Place::new();
+    let mut client = place.connect();
+    let (_, files) = begin(&mut client, "");
+    files[1].set_len(8 * MIB).unwrap();
+    files[1].write_all_at(&pages(3, 10), 4 << 20).unwrap();
+    files[2].set_len(MIB).unwrap();
+    let id = keep(&mut client, v1::Keep::default()).unwrap();
+    // Whoever wrote the capture still has it open, and changes it.
+    files[1].write_all_at(&[7; 4096], 4 << 20).unwrap();
+    let (opened, shared) = open(&mut client, &id).unwrap();
+    assert!(opened.hot);
+    assert!(content(&shared[1])[4 << 20..][..40960] == pages(3, 10));
+    let verified = verify(&mut client);
+    assert_eq!((verified.damaged, verified.bad_templates.len()), (0, 0));
+    spoil(&place.path(), &id);
+    let verified = verify(&mut client);
+    assert_eq!(verified.damaged, 0);
+    assert_eq!(verified.templates, 2);
+    assert_eq!(verified.bad_templates, [format!("{id} memory")]);
+    let (opened, shared) = open(&mut client, &id).unwrap();
+    assert!(!opened.hot, "it is made again");
+    assert!(content(&shared[1])[5 << 20..].iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn what_clones_share_at_once_can_be_sealed() {
+    let place = Place::new();
+    let mut client = place.connect();
+    let begin = |client: &mut Client, expected_bytes| {
+        let begin = v1::Begin {
+            memory_bytes: 8 * MIB,
+            in_memory: true,
+            expected_bytes,
+            ..v1::Begin::default()
+        };
+        client.call(Call::Begin(begin), &[], |_| {})
+    };
+    let (_, files) = begin(&mut client, 0).unwrap();
+    let files: Vec<File> = files.into_iter().map(File::from).collect();
+    for file in &files {
+        file.write_all_at(b"before", 0).unwrap();
+        let seals = rustix::fs::SealFlags::WRITE | rustix::fs::SealFlags::SEAL;
+        rustix::fs::fcntl_add_seals(file, seals).unwrap();
+        assert!(file.write_all_at(b"after", 0).is_err());
+    }
+    assert_eq!(files.len(), 2);
+    let (code, message) = refused(begin(&mut client, 1 << 50));
+    assert_eq!(code, Code::NoMemory, "{message}");
 }

@@ -35,6 +35,8 @@ pub enum LifeError {
     Busy(String),
     #[error("sandbox {0} goes away with its guest, and cannot be started again")]
     Ephemeral(String),
+    #[error("sandbox {0} is half way back to a snapshot: whoever was resetting it has gone")]
+    HalfReset(String),
     #[error("sandbox {id} did not end within {} s", limit.as_secs_f32())]
     StillRuns { id: String, limit: Duration },
     #[error("sandbox {id}: {source}")]
@@ -59,6 +61,7 @@ impl LifeError {
             Self::Ephemeral(_) => {
                 Some("one made by 'create', or by 'run --name', stays".to_owned())
             }
+            Self::HalfReset(id) => Some(format!("'belljar reset {id}' brings it there")),
             Self::Busy(id) => Some(format!(
                 "try again; 'belljar stop --force {id}' waits for nobody"
             )),
@@ -345,6 +348,14 @@ pub(crate) fn set_paused(found: &Found) -> Result<(), LifeError> {
 
 /// Lets the vCPUs go on, for whoever holds the sandbox's capture lock.
 pub(crate) fn set_running(found: &Found) -> Result<(), LifeError> {
+    if found.is_half_reset() {
+        return Err(LifeError::HalfReset(found.called()));
+    }
+    set_running_again(found)
+}
+
+/// Lets the vCPUs go on after the guest went back to a snapshot.
+pub(crate) fn set_running_again(found: &Found) -> Result<(), LifeError> {
     set_state(found, br#"{"state":"Resumed"}"#)
 }
 

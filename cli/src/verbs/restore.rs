@@ -6,15 +6,17 @@ use std::time::Instant;
 
 use belljar_node::process::SIGNALS;
 use belljar_node::sandbox::{Limits, Sandbox};
-use belljar_node::snapshots::{self, Fork, Host, NewClone, Source};
+use belljar_node::snapshots::{self, Fork, Host, NewClone, Reset, Source};
 use belljar_node::stages::Stages;
 use belljar_node::state::StateRoot;
 use belljar_node::state::spec::Life;
 use belljar_node::sys::SignalFd;
 
+use serde_json::json;
+
 use crate::failure::{Failure, status_of};
 use crate::options::{self, BootOptions, KeeperOptions, MachineOptions};
-use crate::output;
+use crate::output::{self, Format};
 use crate::report;
 use crate::values::{self, Label};
 
@@ -124,10 +126,10 @@ impl From<'_> {
         let assets = self.machine.assets()?;
         let keeper = self.keeper.keeper(&root);
         let source = Source::open(&keeper, self.snapshot, &assets, self.image.clone())?;
-        stages.mark(if source.hot {
-            "template"
-        } else {
-            "template filled"
+        stages.mark(match (source.hot, &source.handler) {
+            (true, _) => "template",
+            (false, Some(_)) => "lazy",
+            (false, None) => "template filled",
         });
         let host = Host {
             root: &root,
@@ -143,14 +145,19 @@ impl From<'_> {
 
 /// What the restored guest could not be told.
 fn warn(sandbox: &Sandbox) {
-    for warning in sandbox.warnings() {
+    tell(sandbox.warnings());
+}
+
+fn tell(warnings: &[String]) {
+    for warning in warnings {
         report::note(&format!("the guest goes on, but {warning}"));
     }
 }
 
 /// Take a sandbox back to a snapshot: what it has done since is lost
 ///
-/// Name and id stay; guest and disk are the snapshot's. Prints the sandbox's id.
+/// Name and id stay; guest and disk are the snapshot's. A guest that runs from this very snapshot goes back in
+/// place, in milliseconds; any other one is stopped, and a new VMM loads the snapshot. Prints the sandbox's id.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -164,6 +171,10 @@ pub(crate) struct ResetArgs {
     /// Tag or id of the snapshot, or the beginning of the id [default: the one it was restored from]
     #[arg(value_name = "SNAPSHOT")]
     snapshot: Option<String>,
+
+    /// json: the id, whether it went back in place, and the stages
+    #[arg(short, long, value_name = "FORMAT")]
+    output: Option<Format>,
 
     #[command(flatten)]
     going_back: GoingBack,
@@ -193,11 +204,35 @@ fn go_back(args: &ResetArgs, stages: &mut Stages) -> Result<u8, Failure> {
         },
     };
     let keeper = args.going_back.keeper.keeper(&root);
-    let (snapshot, image) = (args.snapshot.as_deref(), args.going_back.image.clone());
-    let sandbox = snapshots::reset(host, &keeper, &found, snapshot, image, stages)?;
-    warn(&sandbox);
-    let dir = sandbox.release()?;
-    output::print(&format!("{}\n", dir.id()));
+    let (snapshot, image) = (args.snapshot.as_deref(), args.going_back.image.as_deref());
+    let why = match snapshots::reset(host, &keeper, &found, snapshot, image, stages)? {
+        Reset::InPlace(warnings) => {
+            tell(&warnings);
+            None
+        }
+        Reset::Anew(sandbox, why) => {
+            warn(&sandbox);
+            sandbox.release()?;
+            Some(why)
+        }
+    };
+    if let Some(Format::Json) = args.output {
+        let stages = stages
+            .rows()
+            .map(|(stage, took, _)| json!({"stage": stage, "took_us": output::micros(took)}));
+        output::print_json(&json!({
+            "id": found.id(),
+            "in_place": why.is_none(),
+            "why_not": why,
+            "stages": stages.collect::<Vec<_>>(),
+        }));
+    } else {
+        output::print(&format!("{}\n", found.id()));
+        report::aside(&match why {
+            None => "it went back in place: the same VMM runs it".to_owned(),
+            Some(why) => format!("a new VMM runs it: {why}"),
+        });
+    }
     Ok(0)
 }
 
@@ -225,6 +260,10 @@ pub(crate) struct ForkArgs {
     /// A label to find them by; may be given several times
     #[arg(short, long, value_name = "KEY=VALUE", value_parser = values::label)]
     label: Vec<Label>,
+
+    /// json: the ids, and how long the sandbox stood still, in microseconds
+    #[arg(short, long, value_name = "FORMAT")]
+    output: Option<Format>,
 
     #[command(flatten)]
     machine: MachineOptions,
@@ -262,13 +301,23 @@ fn make_clones(args: &ForkArgs) -> Result<u8, Failure> {
         limits,
     };
     let keeper = args.keeper.keeper(&root);
+    let as_json = matches!(args.output, Some(Format::Json));
     let forked = snapshots::fork(host, &keeper, &found, &fork, |id| {
-        output::print(&format!("{id}\n"));
+        if !as_json {
+            output::print(&format!("{id}\n"));
+        }
     })?;
+    if as_json {
+        output::print_json(&json!({
+            "ids": forked.ids,
+            "frozen_us": output::micros(forked.frozen),
+            "paused_us": output::micros(forked.paused),
+        }));
+    }
     report::aside(&format!(
-        "its programs stood still for {} ms, its processors for {} ms",
-        forked.frozen.as_millis(),
-        forked.paused.as_millis()
+        "its programs stood still for {}, its processors for {}",
+        output::ms(forked.frozen),
+        output::ms(forked.paused)
     ));
     Ok(0)
 }

@@ -13,8 +13,9 @@ use crate::values::{self, Label};
 
 /// Take a snapshot of a running or paused sandbox, and let it go on
 ///
-/// Prints the snapshot's id. The guest's programs stand still while its memory is written down; storing that
-/// goes on behind the resumed guest. Until it is durable, a crash of this machine loses the snapshot and
+/// Prints the snapshot's id. The guest stands still until its memory is frozen and its disk copied; a frozen copy
+/// of its memory is written and stored behind the resumed guest: all of it the first time, what has changed since
+/// then. Until it is durable, a crash of this machine loses the snapshot and
 /// nothing else.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -48,6 +49,10 @@ pub(crate) struct Args {
     #[arg(short, long)]
     wait: bool,
 
+    /// json: the id and what it took, in microseconds
+    #[arg(short, long, value_name = "FORMAT")]
+    output: Option<Format>,
+
     #[command(flatten)]
     keeper: KeeperOptions,
 }
@@ -73,17 +78,43 @@ fn take(args: &Args) -> Result<u8, Failure> {
     });
     bar.finish();
     let captured = captured?;
-    output::print(&format!("{}\n", captured.id));
-    report::aside(&told(&captured));
+    if let Some(Format::Json) = args.output {
+        output::print_json(&what_it_took(&captured));
+    } else {
+        output::print(&format!("{}\n", captured.id));
+        report::aside(&told(&captured));
+    }
     Ok(0)
+}
+
+/// What it took, for programs.
+fn what_it_took(captured: &Captured) -> Value {
+    let mut value = json!({
+        "id": captured.id,
+        "base": captured.base,
+        "frozen_us": output::micros(captured.frozen),
+        "paused_us": output::micros(captured.paused),
+    });
+    if let Some(kept) = &captured.kept {
+        value["data_bytes"] = kept.data_bytes.into();
+        value["new_bytes"] = kept.new_bytes.into();
+        value["stored_bytes"] = kept.stored_bytes.into();
+        value["durable_us"] = kept.took_ms.saturating_mul(1000).into();
+    }
+    value
 }
 
 /// What it took, for people.
 fn told(captured: &Captured) -> String {
     let mut text = format!(
-        "programs stood still for {} ms, processors for {} ms",
-        captured.frozen.as_millis(),
-        captured.paused.as_millis()
+        "programs stood still for {}, processors for {}{}",
+        output::ms(captured.frozen),
+        output::ms(captured.paused),
+        if captured.base.is_some() {
+            "; what has changed was saved"
+        } else {
+            ""
+        }
     );
     if let Some(kept) = &captured.kept {
         text.push_str(&format!(

@@ -283,6 +283,8 @@ fn verify(args: &Common) -> Result<u8, Failure> {
             "damaged": verified.damaged,
             "broken": verified.broken,
             "problems": verified.problems,
+            "templates": verified.templates,
+            "bad_templates": verified.bad_templates,
         })),
         Format::Table => {
             let mut text = format!(
@@ -295,6 +297,12 @@ fn verify(args: &Common) -> Result<u8, Failure> {
                 text.push_str(&format!(
                     "snapshot {id} cannot be restored: {}\n",
                     output::escaped(why)
+                ));
+            }
+            for template in &verified.bad_templates {
+                text.push_str(&format!(
+                    "template {}: not what its chunks say; it is removed, and made again when it is needed\n",
+                    output::escaped(template)
                 ));
             }
             for problem in &verified.problems {
@@ -325,6 +333,7 @@ fn gc(args: &Gc) -> Result<u8, Failure> {
             "evicted": collected.evicted,
             "kept": collected.kept,
             "suffices": collected.suffices,
+            "template_bytes": collected.template_bytes,
         })),
         Format::Table => {
             let mut text = String::new();
@@ -336,6 +345,12 @@ fn gc(args: &Gc) -> Result<u8, Failure> {
                 output::size(collected.bytes),
                 output::size(collected.deleted_bytes)
             ));
+            if collected.template_bytes > 0 {
+                text.push_str(&format!(
+                    "{} of templates were deleted to make room; they are made again when they are needed\n",
+                    output::size(collected.template_bytes)
+                ));
+            }
             output::print(&text);
         }
     }

@@ -8,13 +8,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use belljar_store::{Imported, Reader, Snapshot, SnapshotId};
-use rustix::fs::MemfdFlags;
+use rustix::fs::SealFlags;
 
-use super::capture::ARCHITECTURE;
+use super::capture::{ARCHITECTURE, sealable};
 use super::names::{io_error, refusal, snapshot};
 use super::session::Answered;
-use super::templates::{Part, read_only};
-use super::{Busy, Point, Shared, log};
+use super::templates::{Held, Part, read_only};
+use super::{Busy, Point, Shared, check, log, touched};
 use crate::images;
 use crate::v1::{self, error::Code, reply::Result as Answer, request::Call};
 
@@ -22,6 +22,8 @@ use crate::v1::{self, error::Code, reply::Result as Answer, request::Call};
 const SMALL: usize = 4 << 20;
 /// Snapshots that are said to stay, at most: a message has an end.
 const MAX_KEPT: usize = 1000;
+/// With less room than this, a collection removes templates, too.
+const LOW_SPACE: u64 = 512 << 20;
 /// Room that is left when everything else fits.
 const RESERVE: u64 = 16 << 20;
 
@@ -46,6 +48,7 @@ pub(super) fn answer(
             // It is gone by now, whatever fails.
             let _ = shared.surroundings.at(Point::Removed);
             shared.templates.remove(id);
+            touched::remove(&shared.touched, id);
             plain(Answer::Done(v1::Done {}))
         }
         Call::Mark(call) => mark(shared, call),
@@ -123,7 +126,12 @@ fn describe(shared: &Shared, reader: &Reader) -> Result<v1::Description, v1::Err
                 extents: image.extents.len() as u64,
             })
             .collect(),
-        has_template: shared.templates.get(manifest.id, Part::Memory).is_some(),
+        has_template: reader.image(images::MEMORY).is_ok_and(|memory| {
+            let templates = &shared.templates;
+            templates
+                .get(manifest.id, Part::Memory, memory.length)
+                .is_some()
+        }),
     })
 }
 
@@ -143,26 +151,80 @@ fn open(shared: &Arc<Shared>, call: &v1::Open) -> Answered {
     let mut opened = v1::Opened {
         base_images: base_images(shared, &reader, &call.candidates)?,
         description: Some(describe(shared, &reader)?),
-        has_memory: manifest.image(images::MEMORY).is_some(),
+        has_memory: manifest.image(images::MEMORY).is_some() && !call.disk_only,
         has_disk: manifest.image(images::DISK).is_some(),
         hot: true,
+        lazy: false,
     };
     let mut descriptors = Vec::new();
+    let mut handler = None;
     if opened.has_memory {
         descriptors.push(state(&reader)?);
-        let (memory, was_there) = template(shared, &reader, Part::Memory, images::MEMORY)?;
+        let here = memory_now(shared, &reader)?;
+        if call.lazy && here.is_none() {
+            // Where that cannot be, it is made first.
+            handler = lazily(shared, &reader).inspect_err(not_lazy).ok();
+        }
+        let (memory, was_there) = match (here, &mut handler) {
+            (Some(memory), _) => (memory, true),
+            (None, Some((memory, _))) => {
+                (read_only(memory).map_err(io_error("share memory"))?, false)
+            }
+            (None, None) => template(shared, &reader, Part::Memory, None)?,
+        };
         opened.hot = was_there;
+        opened.lazy = handler.is_some();
         descriptors.push(memory.into());
     }
     if opened.has_disk {
-        let (disk, was_there) = template(shared, &reader, Part::Disk, images::DISK)?;
+        let (disk, was_there) = template(shared, &reader, Part::Disk, None)?;
         opened.hot &= was_there;
         descriptors.push(disk.into());
     }
+    descriptors.extend(handler.map(|(_, socket)| socket));
     if !opened.hot {
         settle_later(shared, id);
     }
     Ok((Answer::Opened(opened), descriptors))
+}
+
+/// Memory that comes while the guest runs, and the socket of who brings it.
+fn lazily(shared: &Arc<Shared>, reader: &Reader) -> Result<(File, OwnedFd), v1::Error> {
+    let again = shared.store.read(reader.manifest().id)?;
+    shared.lazies.open(shared, again)
+}
+
+fn not_lazy(error: &v1::Error) {
+    log::line(&format!("a template is made first: {}", error.message));
+}
+
+/// A complete template of memory; one that is being made is waited for.
+fn memory_now(shared: &Shared, reader: &Reader) -> Result<Option<File>, v1::Error> {
+    let length = reader.image(images::MEMORY)?.length;
+    let id = reader.manifest().id;
+    let turn = shared.templates.turn(id, Part::Memory);
+    let _held = super::locked(&turn);
+    Ok(shared.templates.get(id, Part::Memory, length))
+}
+
+/// Makes a template of what is complete elsewhere; what fails is only not cached.
+pub(super) fn keep_template(
+    shared: &Shared,
+    reader: &Reader,
+    part: Part,
+    fill: impl FnOnce(&File) -> io::Result<()>,
+) {
+    let id = reader.manifest().id;
+    let kept = reader.image(part.image()).map_err(v1::Error::from);
+    let kept = kept.and_then(|image| {
+        let data = image.data_pages().saturating_mul(belljar_store::PAGE);
+        room_for(shared, data)?;
+        let made = shared.templates.get_or_fill(id, part, image.length, fill);
+        made.map(drop).map_err(io_error("write a template"))
+    });
+    if let Err(error) = kept {
+        log::line(&format!("no template of snapshot {id}: {}", error.message));
+    }
 }
 
 /// Each base image must be there with the content that it had.
@@ -202,13 +264,26 @@ fn base_images(
 fn state(reader: &Reader) -> Result<OwnedFd, v1::Error> {
     let bytes = reader.read_all(images::STATE, SMALL)?;
     let made = || -> io::Result<File> {
-        let memfd = rustix::fs::memfd_create("state", MemfdFlags::CLOEXEC)?;
-        let mut file = File::from(memfd);
+        let mut file = sealable("state")?;
         file.write_all(&bytes)?;
         file.rewind()?;
+        let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
+        rustix::fs::fcntl_add_seals(&file, seals)?;
         read_only(&file)
     };
     Ok(made().map_err(io_error("hand over the state"))?.into())
+}
+
+/// Makes a template before somebody asks for it.
+pub(super) fn fill_ahead(shared: &Shared, id: SnapshotId, part: Part, held: &Held<'_>) {
+    let filled = shared.store.read(id).map_err(v1::Error::from);
+    let filled = filled.and_then(|reader| match reader.manifest().image(part.image()) {
+        Some(_) => template(shared, &reader, part, Some(held)).map(drop),
+        None => Ok(()),
+    });
+    if let Err(error) = filled {
+        log::line(&format!("no template of snapshot {id}: {}", error.message));
+    }
 }
 
 /// A complete image as a file; made from chunks if there is none.
@@ -216,35 +291,40 @@ fn template(
     shared: &Shared,
     reader: &Reader,
     part: Part,
-    image: &str,
+    held: Option<&Held<'_>>,
 ) -> Result<(File, bool), v1::Error> {
-    let length = reader.image(image)?.length;
-    let data = reader
-        .image(image)?
-        .data_pages()
-        .saturating_mul(belljar_store::PAGE);
-    shared
-        .templates
-        .get_or_fill(reader.manifest().id, part, |file| {
-            let wanted = data.saturating_add(RESERVE);
-            let free = shared.templates.make_room(wanted);
-            if free < wanted {
-                return Err(Refused(refusal(
-                    Code::NoSpace,
-                    format!(
-                        "there are {} MiB of space where snapshots are kept; restoring this one takes {} MiB",
-                        free >> 20,
-                        wanted >> 20
-                    ),
-                )));
-            }
-            file.set_len(length)?;
-            reader
-                .restore(image, file, 0)
-                .map_err(|error| Refused(error.into()))?;
-            Ok(())
-        })
-        .map_err(|Refused(error)| error)
+    let image = reader.image(part.image())?;
+    let data = image.data_pages().saturating_mul(belljar_store::PAGE);
+    let fill = |file: &File| {
+        room_for(shared, data).map_err(Refused)?;
+        reader
+            .restore(part.image(), file, 0)
+            .map_err(|error| Refused(error.into()))?;
+        Ok(())
+    };
+    let (templates, id, length) = (&shared.templates, reader.manifest().id, image.length);
+    let made = match held {
+        Some(held) => templates.get_or_fill_held(id, part, length, held, fill),
+        None => templates.get_or_fill(id, part, length, fill),
+    };
+    made.map_err(|Refused(error)| error)
+}
+
+/// Templates that are not needed make room for another one.
+fn room_for(shared: &Shared, data: u64) -> Result<(), v1::Error> {
+    let wanted = data.saturating_add(RESERVE);
+    let free = shared.templates.make_room(wanted);
+    if free >= wanted {
+        return Ok(());
+    }
+    Err(refusal(
+        Code::NoSpace,
+        format!(
+            "there are {} MiB of space where snapshots are kept; restoring this one takes {} MiB",
+            free >> 20,
+            wanted >> 20
+        ),
+    ))
 }
 
 /// A failure while a template is filled.
@@ -339,6 +419,7 @@ fn verify(shared: &Shared, meanwhile: &mut dyn FnMut(Answer) -> bool) -> Answere
     let found = shared.store.verify(|done, total| {
         let _ = meanwhile(progress(done as u64, total as u64));
     })?;
+    let (templates, bad_templates) = check::templates(shared);
     let broken = found.broken.into_iter();
     let problems = found.problems.into_iter();
     let answer = v1::Verified {
@@ -349,6 +430,8 @@ fn verify(shared: &Shared, meanwhile: &mut dyn FnMut(Answer) -> bool) -> Answere
         problems: problems
             .map(|problem| format!("{}: {}", problem.path, problem.what))
             .collect(),
+        templates,
+        bad_templates,
     };
     Ok((Answer::Verified(answer), Vec::new()))
 }
@@ -369,6 +452,7 @@ fn collect(shared: &Shared, call: &v1::Collect) -> Answered {
         if !call.dry_run {
             for id in evicted.removed {
                 shared.templates.remove(id);
+                touched::remove(&shared.touched, id);
             }
         }
     }
@@ -390,7 +474,12 @@ fn collect(shared: &Shared, call: &v1::Collect) -> Answered {
                 answer.deleted_bytes = answer.deleted_bytes.saturating_add(deleted);
             }
         }
-        shared.templates.shrink(shared.templates.budget);
+        answer.template_bytes = shared.templates.shrink(shared.templates.budget);
+        // Templates can be made again; what is saved next cannot.
+        let before = shared.templates.bytes();
+        shared.templates.make_room(LOW_SPACE);
+        let evicted = before.saturating_sub(shared.templates.bytes());
+        answer.template_bytes = answer.template_bytes.saturating_add(evicted);
     }
     Ok((Answer::Collected(answer), Vec::new()))
 }

@@ -12,9 +12,11 @@ use belljar_store::{
     self as store, FileSource, Kind, Options, Reader, Requirements, SnapshotId, Source, Writer,
 };
 
+use rustix::fs::MemfdFlags;
+
 use super::names::{io_error, refusal};
 use super::templates::Part;
-use super::{Busy, Point, Shared, locked, log};
+use super::{Busy, Point, Shared, calls, locked, log};
 use crate::images;
 use crate::v1::{self, error::Code};
 
@@ -83,6 +85,9 @@ pub(super) struct Files {
 /// Makes the files, if there is room for what will be in them.
 pub(super) fn files(shared: &Shared, begin: &v1::Begin) -> Result<Files, v1::Error> {
     let wanted = begin.expected_bytes.saturating_add(RESERVE);
+    if begin.in_memory {
+        enough_memory(wanted)?;
+    }
     let free = shared.templates.make_room(wanted);
     if free < wanted {
         return Err(refusal(
@@ -94,22 +99,53 @@ pub(super) fn files(shared: &Shared, begin: &v1::Begin) -> Result<Files, v1::Err
             ),
         ));
     }
-    let nameless = || {
-        shared
-            .templates
-            .nameless()
-            .map_err(io_error("make a file for the capture"))
+    let made = |file: io::Result<File>| file.map_err(io_error("make a file for the capture"));
+    let nameless = || made(shared.templates.nameless());
+    let machine = || match begin.in_memory {
+        true => made(sealable("clones")),
+        false => nameless(),
     };
     Ok(Files {
-        state: nameless()?,
-        memory: (begin.memory_bytes > 0).then(nameless).transpose()?,
+        state: machine()?,
+        memory: (begin.memory_bytes > 0).then(machine).transpose()?,
         disk: (begin.disk_bytes > 0).then(nameless).transpose()?,
         base: base(shared, begin),
     })
 }
 
-/// The snapshot that the guest was loaded from, if its memory is still here and whole.
+/// A memfd that can be made immutable.
+pub(super) fn sealable(name: &str) -> io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    Ok(rustix::fs::memfd_create(name, flags)?.into())
+}
+
+/// What is in no file needs memory.
+fn enough_memory(wanted: u64) -> Result<(), v1::Error> {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.split_ascii_whitespace().next()?.parse::<u64>().ok());
+    let free = kib.map_or(u64::MAX, |kib| kib.saturating_mul(1024));
+    if free >= wanted {
+        return Ok(());
+    }
+    Err(refusal(
+        Code::NoMemory,
+        format!(
+            "{} MiB of this machine's memory are free, and the clones' may take {} MiB",
+            free >> 20,
+            wanted >> 20
+        ),
+    ))
+}
+
+/// The snapshot that memory may be an increment of, if its memory is still here and whole.
 fn base(shared: &Shared, begin: &v1::Begin) -> Option<Reader> {
+    if begin.base.is_empty() {
+        return None;
+    }
+    shared.captures.wait_for(&begin.base);
     let reader = shared.store.read(begin.base.parse().ok()?).ok()?;
     let length = reader.image(images::MEMORY).ok()?.length;
     (length == begin.memory_bytes).then_some(reader)
@@ -204,19 +240,36 @@ pub(super) fn keep(busy: Busy, files: Files, keep: v1::Keep) -> Result<Storing, 
             stored_bytes: stored.stored_bytes,
             took_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
         });
-        match &outcome {
-            Ok(_) => offer_templates(shared, id, files, keep.is_increment),
-            Err(error) => log::line(&format!("snapshot {id} is lost: {}", error.message)),
+        // What was captured is in files that others have open: they make room for one that is the keeper's own.
+        drop(files);
+        if let Err(error) = &outcome {
+            log::line(&format!("snapshot {id} is lost: {}", error.message));
         }
-        let kept = outcome.is_ok();
         // It exists by now, whatever fails.
         let _ = shared.surroundings.at(Point::Kept);
+        let parts = match (&outcome, keep.is_increment) {
+            (Err(_), _) => &[][..],
+            // All templates of a long series would be much; the one that is restored is made then.
+            (Ok(_), true) => &[Part::Disk],
+            (Ok(_), false) => &[Part::Memory, Part::Disk],
+        };
+        // Whoever wants to restore it now waits for these, and does not make them a second time.
+        let turns: Vec<_> = parts
+            .iter()
+            .map(|part| shared.templates.turn(id, *part))
+            .collect();
+        let held: Vec<_> = parts
+            .iter()
+            .zip(turns.iter().map(|turn| locked(turn)))
+            .collect();
         drop(ending);
         // Whoever asked may have gone.
         let _ = sender.send(outcome);
-        if kept {
-            shared.templates.settle(id);
+        for (part, turn) in held {
+            calls::fill_ahead(shared, id, *part, &turn);
+            drop(turn);
         }
+        shared.templates.settle(id);
     };
     let made = std::thread::Builder::new()
         .name("capture".to_owned())
@@ -234,18 +287,6 @@ struct Ending(Arc<Shared>, SnapshotId);
 impl Drop for Ending {
     fn drop(&mut self) {
         self.0.captures.end(self.1);
-    }
-}
-
-/// What was captured is just what a restore needs, unless it is only a part.
-fn offer_templates(shared: &Shared, id: SnapshotId, files: Files, is_increment: bool) {
-    if let Some(memory) = files.memory
-        && !is_increment
-    {
-        shared.templates.add(id, Part::Memory, memory);
-    }
-    if let Some(disk) = files.disk {
-        shared.templates.add(id, Part::Disk, disk);
     }
 }
 

@@ -2,13 +2,17 @@
 
 mod calls;
 mod capture;
+mod check;
 mod digests;
+mod lazy;
 mod log;
 mod names;
+mod regions;
 mod rescue;
 mod session;
 mod surroundings;
 mod templates;
+mod touched;
 
 pub use surroundings::{Point, Surroundings};
 
@@ -16,7 +20,7 @@ use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -56,6 +60,10 @@ pub(crate) struct Shared {
     pub(crate) templates: templates::Templates,
     pub(crate) captures: capture::Captures,
     pub(crate) digests: digests::Digests,
+    /// Memory that is being filled while guests run.
+    pub(crate) lazies: lazy::Lazies,
+    /// The folder of what guests touched first.
+    pub(crate) touched: PathBuf,
     /// Held while what is said about a snapshot is changed.
     pub(crate) marking: Mutex<()>,
     pub(crate) surroundings: Arc<dyn Surroundings>,
@@ -165,11 +173,14 @@ fn serve(surroundings: Arc<dyn Surroundings>) -> Result<(), ServerError> {
     let near = Arc::clone(&surroundings);
     let templates = templates::Templates::open(Path::new("templates"), budget, near)
         .map_err(failed("use the folder of templates"))?;
+    std::fs::create_dir_all("touched").map_err(failed("use the folder of hints"))?;
     let shared = Arc::new(Shared {
         store,
         templates,
         captures: capture::Captures::default(),
         digests: digests::Digests::load(Path::new("digests")),
+        lazies: lazy::Lazies::default(),
+        touched: PathBuf::from("touched"),
         marking: Mutex::default(),
         surroundings,
         busy: AtomicUsize::new(0),

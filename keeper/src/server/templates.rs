@@ -1,21 +1,24 @@
 //! Complete images of snapshots as sparse files, which restores map or copy: a cache in front of the chunks.
 //!
-//! A file gets its name when its bytes are durable, so that after a power failure a template is whole or
-//! not there. Until then whoever asks gets it all the same: this process has it open.
+//! A file gets its name when its bytes are durable, and a record beside it (`.ok`) after that, so that after a
+//! power failure a template is whole or not there. Until then whoever asks gets it all the same: this process has
+//! it open. Nobody but this process ever had such a file open for writing: it is filled from chunks, each of
+//! which is verified. The record says of which file it speaks; one that was changed or replaced since is not used.
 
-use std::collections::HashMap;
-use std::fs::{File, Permissions};
-use std::io;
+use std::collections::{HashMap, HashSet};
+use std::fs::{File, Metadata, Permissions};
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::SystemTime;
 
 use belljar_store::SnapshotId;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 
-use super::{Point, Surroundings, locked};
+use super::{Point, Surroundings, locked, log};
+use crate::images;
 
 /// What a template is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -25,16 +28,31 @@ pub(crate) enum Part {
 }
 
 impl Part {
+    pub(super) const ALL: [Self; 2] = [Self::Memory, Self::Disk];
+
     const fn extension(self) -> &'static str {
         match self {
             Self::Memory => "memory",
             Self::Disk => "disk",
         }
     }
+
+    /// Its image in a snapshot.
+    pub(super) const fn image(self) -> &'static str {
+        match self {
+            Self::Memory => images::MEMORY,
+            Self::Disk => images::DISK,
+        }
+    }
 }
 
 /// Locked by whoever fills a template.
-type Turn = Arc<Mutex<()>>;
+pub(super) type Turn = Arc<Mutex<()>>;
+/// Proof that it is locked.
+pub(super) type Held<'a> = MutexGuard<'a, ()>;
+
+/// What the record of a template ends with.
+const RECORD: &str = "ok";
 
 /// The folder of templates.
 pub(crate) struct Templates {
@@ -44,23 +62,51 @@ pub(crate) struct Templates {
     fresh: Mutex<HashMap<(SnapshotId, Part), Arc<File>>>,
     /// One lock for each that is being filled.
     filling: Mutex<HashMap<(SnapshotId, Part), Turn>>,
+    /// Held while names are given.
+    naming: Mutex<()>,
     surroundings: Arc<dyn Surroundings>,
 }
 
+/// A template with a name.
+struct Kept {
+    id: SnapshotId,
+    part: Part,
+    bytes: u64,
+    used: SystemTime,
+}
+
 impl Templates {
+    /// What an earlier keeper left half-made goes.
     pub(super) fn open(
         dir: &Path,
         budget: u64,
         surroundings: Arc<dyn Surroundings>,
     ) -> io::Result<Self> {
         std::fs::create_dir_all(dir)?;
-        Ok(Self {
+        let templates = Self {
             dir: dir.to_path_buf(),
             budget,
             fresh: Mutex::default(),
             filling: Mutex::default(),
+            naming: Mutex::default(),
             surroundings,
-        })
+        };
+        let records: HashSet<PathBuf> = templates
+            .kept()
+            .iter()
+            .flat_map(|kept| {
+                [
+                    templates.path(kept.id, kept.part),
+                    templates.record_path(kept.id, kept.part),
+                ]
+            })
+            .collect();
+        for entry in std::fs::read_dir(dir)?.flatten() {
+            if !records.contains(&entry.path()) {
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
+        Ok(templates)
     }
 
     /// An empty file without a name, on the same file system.
@@ -71,15 +117,42 @@ impl Templates {
         Ok(rustix::fs::open(&self.dir, flags, mode)?.into())
     }
 
-    /// A complete one, for reading.
-    pub(super) fn get(&self, id: SnapshotId, part: Part) -> Option<File> {
+    /// A complete one of that length, for reading. One that is not what its record says is thrown away.
+    pub(super) fn get(&self, id: SnapshotId, part: Part, length: u64) -> Option<File> {
         if let Some(fresh) = locked(&self.fresh).get(&(id, part)) {
             return read_only(fresh).ok();
         }
-        let file = File::open(self.path(id, part)).ok()?;
-        // So that the oldest is the one longest unused.
-        let _ = file.set_modified(SystemTime::now());
-        Some(file)
+        let record = File::open(self.record_path(id, part)).ok()?;
+        let good = || -> io::Result<Option<File>> {
+            let file = File::open(self.path(id, part))?;
+            let mut text = String::new();
+            (&record).take(1 << 10).read_to_string(&mut text)?;
+            let is = file.metadata()?;
+            let good = is.len() == length && text == description(id, part, &is);
+            Ok(good.then_some(file))
+        };
+        match good() {
+            Ok(Some(file)) => {
+                // So that the oldest is the one longest unused.
+                let _ = record.set_modified(SystemTime::now());
+                Some(file)
+            }
+            found => {
+                let why = found.err().map_or_else(
+                    || "it was changed, or is of something else".to_owned(),
+                    |error| error.to_string(),
+                );
+                let path = self.path(id, part);
+                log::line(&format!("template {} is not used: {why}", path.display()));
+                self.remove_part(id, part);
+                None
+            }
+        }
+    }
+
+    /// The lock of a template that may be filled.
+    pub(super) fn turn(&self, id: SnapshotId, part: Part) -> Turn {
+        Arc::clone(locked(&self.filling).entry((id, part)).or_default())
     }
 
     /// A complete one, for reading; made by `fill` if there is none. Whether it was there.
@@ -87,79 +160,109 @@ impl Templates {
         &self,
         id: SnapshotId,
         part: Part,
+        length: u64,
         fill: impl FnOnce(&File) -> Result<(), E>,
     ) -> Result<(File, bool), E> {
-        let turn = Arc::clone(locked(&self.filling).entry((id, part)).or_default());
-        let turn = locked(&turn);
-        if let Some(file) = self.get(id, part) {
+        let turn = self.turn(id, part);
+        let held = locked(&turn);
+        self.get_or_fill_held(id, part, length, &held, fill)
+    }
+
+    /// The same, for whoever has its [`Templates::turn`].
+    pub(super) fn get_or_fill_held<E: From<io::Error>>(
+        &self,
+        id: SnapshotId,
+        part: Part,
+        length: u64,
+        _held: &Held<'_>,
+        fill: impl FnOnce(&File) -> Result<(), E>,
+    ) -> Result<(File, bool), E> {
+        if let Some(file) = self.get(id, part, length) {
             return Ok((file, true));
         }
         let file = self.nameless()?;
         self.surroundings.at(Point::Fill)?;
+        file.set_len(length)?;
         fill(&file)?;
-        let file = self.add(id, part, file);
-        drop(turn);
+        // Who gets it can open it anew, and must not do so for writing.
+        file.set_permissions(Permissions::from_mode(0o400))?;
+        let shared = read_only(&file)?;
+        locked(&self.fresh).insert((id, part), Arc::new(file));
         locked(&self.filling).remove(&(id, part));
-        Ok((read_only(&file)?, false))
+        Ok((shared, false))
     }
 
-    /// Takes a complete image. It is found from now on, and gets its name by [`Templates::settle`].
-    pub(super) fn add(&self, id: SnapshotId, part: Part, file: File) -> Arc<File> {
-        let file = Arc::new(file);
-        locked(&self.fresh).insert((id, part), Arc::clone(&file));
-        file
-    }
-
-    /// Makes what was added durable, and keeps within the budget. What fails is only not cached.
+    /// Makes what was filled durable, and keeps within the budget. What fails is only not cached.
     pub(super) fn settle(&self, id: SnapshotId) {
-        for part in [Part::Memory, Part::Disk] {
+        let naming = locked(&self.naming);
+        for part in Part::ALL {
             let Some(file) = locked(&self.fresh).get(&(id, part)).cloned() else {
                 continue;
             };
-            let _ = self.name(id, part, &file);
+            if let Err(error) = self.name(id, part, &file) {
+                log::line(&format!("a template of snapshot {id} is not kept: {error}"));
+                self.remove_part(id, part);
+            }
             locked(&self.fresh).remove(&(id, part));
         }
+        drop(naming);
         self.shrink(self.budget);
     }
 
     fn name(&self, id: SnapshotId, part: Part, file: &File) -> io::Result<()> {
-        file.set_permissions(Permissions::from_mode(0o400))?;
         self.surroundings.at(Point::SyncTemplate)?;
         file.sync_all()?;
         self.surroundings.at(Point::NameTemplate)?;
         let open = format!("/proc/self/fd/{}", file.as_raw_fd());
         let path = self.path(id, part);
+        // One that was not good.
+        let _ = std::fs::remove_file(&path);
         rustix::fs::linkat(CWD, open, CWD, &path, AtFlags::SYMLINK_FOLLOW)?;
-        Ok(())
+        let record = self.record_path(id, part);
+        let temporary = record.with_added_extension("new");
+        std::fs::write(&temporary, description(id, part, &file.metadata()?))?;
+        File::open(&temporary)?.sync_all()?;
+        std::fs::rename(temporary, record)
     }
 
     /// Removes those of a snapshot. Who has one open keeps it.
     pub(super) fn remove(&self, id: SnapshotId) {
-        for part in [Part::Memory, Part::Disk] {
-            locked(&self.fresh).remove(&(id, part));
-            let _ = std::fs::remove_file(self.path(id, part));
+        for part in Part::ALL {
+            self.remove_part(id, part);
         }
+    }
+
+    /// Removes one.
+    pub(super) fn remove_part(&self, id: SnapshotId, part: Part) {
+        locked(&self.fresh).remove(&(id, part));
+        let _ = std::fs::remove_file(self.record_path(id, part));
+        let _ = std::fs::remove_file(self.path(id, part));
     }
 
     /// Bytes on disk.
     pub(super) fn bytes(&self) -> u64 {
-        self.files().iter().map(|(_, bytes, _)| bytes).sum()
+        self.kept().iter().map(|kept| kept.bytes).sum()
+    }
+
+    /// What there is.
+    pub(super) fn all(&self) -> Vec<(SnapshotId, Part)> {
+        let kept = self.kept();
+        kept.iter().map(|kept| (kept.id, kept.part)).collect()
     }
 
     /// Removes the longest unused until the rest has so many bytes. Returns how many bytes went.
     pub(super) fn shrink(&self, budget: u64) -> u64 {
-        let mut files = self.files();
-        files.sort_by_key(|(used, ..)| *used);
-        let mut all: u64 = files.iter().map(|(_, bytes, _)| bytes).sum();
+        let mut files = self.kept();
+        files.sort_by_key(|kept| kept.used);
+        let mut all: u64 = files.iter().map(|kept| kept.bytes).sum();
         let mut gone: u64 = 0;
-        for (_, bytes, path) in files {
+        for kept in files {
             if all <= budget {
                 break;
             }
-            if std::fs::remove_file(path).is_ok() {
-                all = all.saturating_sub(bytes);
-                gone = gone.saturating_add(bytes);
-            }
+            self.remove_part(kept.id, kept.part);
+            all = all.saturating_sub(kept.bytes);
+            gone = gone.saturating_add(kept.bytes);
         }
         gone
     }
@@ -175,14 +278,25 @@ impl Templates {
         self.free_bytes()
     }
 
-    fn files(&self) -> Vec<(SystemTime, u64, PathBuf)> {
+    fn kept(&self) -> Vec<Kept> {
         let Ok(entries) = std::fs::read_dir(&self.dir) else {
             return Vec::new();
         };
         let files = entries.flatten().filter_map(|entry| {
-            let metadata = entry.metadata().ok()?;
-            let used = metadata.modified().ok()?;
-            Some((used, metadata.blocks().saturating_mul(512), entry.path()))
+            let name = entry.file_name().into_string().ok()?;
+            let (name, record) = name.rsplit_once('.')?;
+            let (id, extension) = name.split_once('.')?;
+            let id = id.parse().ok()?;
+            let part = Part::ALL
+                .into_iter()
+                .find(|part| part.extension() == extension)?;
+            let file = self.path(id, part).metadata().ok()?;
+            (record == RECORD).then_some(Kept {
+                id,
+                part,
+                bytes: file.blocks().saturating_mul(512),
+                used: entry.metadata().ok()?.modified().ok()?,
+            })
         });
         files.collect()
     }
@@ -191,11 +305,28 @@ impl Templates {
         self.dir.join(format!("{id}.{}", part.extension()))
     }
 
+    fn record_path(&self, id: SnapshotId, part: Part) -> PathBuf {
+        self.path(id, part).with_added_extension(RECORD)
+    }
+
     /// Bytes that can still be written where templates and store are.
     pub(super) fn free_bytes(&self) -> u64 {
         rustix::fs::statvfs(&self.dir)
             .map_or(u64::MAX, |free| free.f_bavail.saturating_mul(free.f_frsize))
     }
+}
+
+/// What a template's record says: what it is of, and which file that is, unchanged since.
+fn description(id: SnapshotId, part: Part, file: &Metadata) -> String {
+    format!(
+        "belljar template 1\nsnapshot {id}\nimage {}\nlength {}\nfile {}:{} changed {}.{:09}\n",
+        part.image(),
+        file.len(),
+        file.dev(),
+        file.ino(),
+        file.mtime(),
+        file.mtime_nsec()
+    )
 }
 
 /// The same file, opened anew: for reading, with a position of its own.
@@ -207,7 +338,9 @@ pub(super) fn read_only(file: &File) -> io::Result<File> {
 mod tests {
     use super::*;
     use crate::server::surroundings::Undisturbed;
-    use std::io::{Read, Write};
+    use std::io::Write;
+
+    const LENGTH: u64 = 2 << 20;
 
     fn templates(budget: u64) -> (tempfile::TempDir, Templates) {
         let dir = tempfile::tempdir().unwrap();
@@ -219,51 +352,116 @@ mod tests {
         SnapshotId([number; 16])
     }
 
+    fn add(templates: &Templates, id: SnapshotId, part: Part) {
+        let fill = |file: &File| (&mut &*file).write_all(&vec![1; 2 << 20]);
+        templates.get_or_fill(id, part, LENGTH, fill).unwrap();
+        templates.settle(id);
+    }
+
     #[test]
     fn it_is_filled_once_and_found_before_and_after_it_is_durable() {
         let (dir, templates) = templates(1 << 30);
         let fill = |file: &File| -> io::Result<()> { (&mut &*file).write_all(b"filled") };
-        let (_, was_there) = templates.get_or_fill(id(1), Part::Memory, fill).unwrap();
+        let (_, was_there) = templates.get_or_fill(id(1), Part::Memory, 6, fill).unwrap();
         assert!(!was_there);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
         let again = |_: &File| -> io::Result<()> { panic!("it is there") };
-        let (mut file, was_there) = templates.get_or_fill(id(1), Part::Memory, again).unwrap();
+        let (mut file, was_there) = templates
+            .get_or_fill(id(1), Part::Memory, 6, again)
+            .unwrap();
         assert!(was_there);
         let mut text = String::new();
         file.read_to_string(&mut text).unwrap();
         assert_eq!(text, "filled");
         assert!(file.write_all(b"x").is_err());
+        let mode = file.metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o400, "nor can it be opened anew for writing");
         templates.settle(id(1));
         assert!(templates.bytes() > 0);
-        assert!(templates.get(id(1), Part::Memory).is_some());
-        assert!(templates.get(id(1), Part::Disk).is_none());
+        assert!(templates.get(id(1), Part::Memory, 6).is_some());
+        assert!(templates.get(id(1), Part::Disk, 6).is_none());
         templates.remove(id(1));
         assert_eq!(templates.bytes(), 0);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]
     fn what_cannot_be_filled_leaves_nothing() {
         let (dir, templates) = templates(1 << 30);
         let fail = |_: &File| -> io::Result<()> { Err(io::ErrorKind::StorageFull.into()) };
-        assert!(templates.get_or_fill(id(1), Part::Disk, fail).is_err());
-        assert!(templates.get(id(1), Part::Disk).is_none());
+        assert!(templates.get_or_fill(id(1), Part::Disk, 6, fail).is_err());
+        assert!(templates.get(id(1), Part::Disk, 6).is_none());
         templates.settle(id(1));
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn one_that_was_changed_replaced_or_is_of_another_is_not_used() {
+        type Spoil = fn(&Path);
+        let spoils: [Spoil; 5] = [
+            |path| {
+                let permissions = Permissions::from_mode(0o600);
+                std::fs::set_permissions(path, permissions).unwrap();
+                let mut file = File::options().write(true).open(path).unwrap();
+                file.write_all(b"other").unwrap();
+            },
+            |path| {
+                let copy = path.with_extension("copy");
+                std::fs::copy(path, &copy).unwrap();
+                std::fs::rename(copy, path).unwrap();
+            },
+            |path| std::fs::remove_file(path).unwrap(),
+            |path| {
+                let record = path.with_added_extension(RECORD);
+                let text = std::fs::read_to_string(&record).unwrap();
+                std::fs::write(record, text.replace("snapshot 01", "snapshot 02")).unwrap();
+            },
+            |path| std::fs::write(path.with_added_extension(RECORD), [0xff; 3000]).unwrap(),
+        ];
+        for (number, spoil) in spoils.iter().enumerate() {
+            let (dir, templates) = templates(1 << 30);
+            add(&templates, id(1), Part::Memory);
+            assert!(templates.get(id(1), Part::Memory, LENGTH).is_some());
+            std::thread::sleep(std::time::Duration::from_millis(15));
+            spoil(&templates.path(id(1), Part::Memory));
+            assert!(
+                templates.get(id(1), Part::Memory, LENGTH).is_none(),
+                "{number}"
+            );
+            assert_eq!(
+                std::fs::read_dir(dir.path()).unwrap().count(),
+                0,
+                "{number}"
+            );
+        }
+        let (_dir, templates) = templates(1 << 30);
+        add(&templates, id(1), Part::Memory);
+        assert!(templates.get(id(1), Part::Memory, LENGTH + 1).is_none());
+    }
+
+    #[test]
+    fn what_was_left_half_made_is_gone_with_the_next_keeper() {
+        let (dir, templates) = templates(1 << 30);
+        add(&templates, id(1), Part::Memory);
+        std::fs::write(dir.path().join(format!("{}.disk", id(1))), b"x").unwrap();
+        std::fs::write(dir.path().join(format!("{}.disk.ok.new", id(1))), b"x").unwrap();
+        let templates = Templates::open(dir.path(), 1 << 30, Arc::new(Undisturbed)).unwrap();
+        assert_eq!(templates.all(), [(id(1), Part::Memory)]);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
+        assert!(templates.get(id(1), Part::Memory, LENGTH).is_some());
     }
 
     #[test]
     fn the_longest_unused_makes_room() {
         let (_dir, templates) = templates(5 << 20);
         for number in 1..=3 {
-            let file = templates.nameless().unwrap();
-            (&file).write_all(&vec![1; 2 << 20]).unwrap();
-            templates.add(id(number), Part::Memory, file);
-            templates.settle(id(number));
+            add(&templates, id(number), Part::Memory);
             std::thread::sleep(std::time::Duration::from_millis(15));
-            templates.get(id(1), Part::Memory).unwrap();
+            templates.get(id(1), Part::Memory, LENGTH).unwrap();
             std::thread::sleep(std::time::Duration::from_millis(15));
         }
-        let there = [1, 2, 3].map(|number| templates.get(id(number), Part::Memory).is_some());
+        let there =
+            [1, 2, 3].map(|number| templates.get(id(number), Part::Memory, LENGTH).is_some());
         assert_eq!(there, [true, false, true]);
     }
 }

@@ -93,6 +93,12 @@ impl Found {
         SocketPath::new(&self.dir, name)
     }
 
+    /// Whoever was taking it back to a snapshot has not finished, or is about to.
+    #[must_use]
+    pub fn is_half_reset(&self) -> bool {
+        self.dir.file(state::RESETTING).exists()
+    }
+
     fn explain(&self, port: u32, source: hybrid::ConnectError) -> ConnectError {
         let id = self.called();
         match self.state() {

@@ -78,6 +78,7 @@ fn source() -> Source {
     let disk = tempfile::tempfile().unwrap();
     disk.write_all_at(&[0x5a; 2 << 20], 0).unwrap();
     Source {
+        handler: None,
         saved: Saved::parse(record.as_bytes()).unwrap(),
         snapshot: None,
         machine: None,

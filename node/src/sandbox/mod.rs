@@ -22,6 +22,7 @@ pub(crate) use create::create_with;
 pub use error::BootError;
 pub use plan::{DiskChoice, GuestSpec, ImageChoice, NewSandbox};
 pub use record::{BootRecord, StageRecord};
+pub(crate) use restore::adopt;
 
 use crate::assets::Assets;
 

@@ -6,10 +6,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, Instant};
 
 use belljar_protocol::client::system::Adoption;
-use belljar_protocol::{AGENT_PORT, GENERATION, v1};
+use belljar_protocol::{AGENT_PORT, GENERATION, hybrid, v1};
 use serde_json::json;
 
 use super::{BootError, BootRecord, Limits, Programs, Sandbox, plan};
+use crate::registry::SocketPath;
 use crate::snapshots::{Loaded, Origin, Source};
 use crate::stages::Stages;
 use crate::state::spec::{Life, SandboxSpec};
@@ -64,9 +65,17 @@ impl Sandbox {
         let mut api = self.connect_api(limits, deadline)?;
         stages.mark("VMM process");
         let console = json!({"socket_path": state::CONSOLE_SOCKET}).to_string();
+        let backend = match &source.handler {
+            None => json!({"backend_type": "File", "backend_path": "fd:memory"}),
+            Some(_) => json!({
+                "backend_type": "Uffd",
+                "backend_path": "fd:handler",
+                "template_path": "fd:memory",
+            }),
+        };
         let load = json!({
             "snapshot_path": "fd:state",
-            "mem_backend": {"backend_type": "File", "backend_path": "fd:memory"},
+            "mem_backend": backend,
             "resume_vm": true,
             "vsock_override": {"uds_path": state::VSOCK_SOCKET},
             "drive_overrides": drives,
@@ -74,6 +83,7 @@ impl Sandbox {
         })
         .to_string();
         let mut descriptors = vec![("state", state.as_fd()), ("memory", memory.as_fd())];
+        descriptors.extend(source.handler.iter().map(|fd| ("handler", fd.as_fd())));
         descriptors.extend(
             files
                 .iter()
@@ -119,33 +129,35 @@ impl Sandbox {
     ) -> Result<(), BootError> {
         // A cancelled restore is noticed here at the latest.
         self.watch(None, limits.cancel, Instant::now())?;
-        let called = adoption(&self.dir, spec).and_then(|call| {
-            let stream = self
-                .connect(AGENT_PORT, deadline)
-                .map_err(|error| BootError::NotAdopted(error.to_string()))?;
-            Adoption::start(stream, call, Some(deadline))
-                .map_err(|error| BootError::NotAdopted(error.to_string()))
-        });
-        let adoption = match called {
-            Ok(adoption) => adoption,
-            Err(error) => {
-                return Err(self
-                    .explain_end("right after it was restored")
-                    .unwrap_or(error));
-            }
-        };
-        stages.mark("agent ready");
-        let adopted = adoption
-            .thawed(Some(Instant::now() + THAW_LIMIT))
-            .map_err(|error| BootError::NotAdopted(error.to_string()))?;
-        stages.mark("thawed");
+        let told = adopt(&self.dir, spec, deadline, stages).map_err(|error| {
+            self.explain_end("right after it was restored")
+                .unwrap_or(error)
+        })?;
         self.ready.generation = GENERATION;
         // It draws its own numbers, or it would not have been adopted; anything else it can be told again.
-        for failed in adopted.failed {
-            self.warnings.push(failed);
-        }
+        self.warnings.extend(told);
         Ok(())
     }
+}
+
+/// Tells a guest that was restored, or has gone back, who it is now; returns when its programs go on. What it
+/// could not be told, and what does not stop it, is returned.
+pub(crate) fn adopt(
+    dir: &SandboxDir,
+    spec: &SandboxSpec,
+    deadline: Instant,
+    stages: &mut Stages,
+) -> Result<Vec<String>, BootError> {
+    let call = adoption(dir, spec)?;
+    let failed = |error: &dyn std::fmt::Display| BootError::NotAdopted(error.to_string());
+    let socket = SocketPath::new(dir, state::VSOCK_SOCKET);
+    let stream = hybrid::connect(socket.path(), AGENT_PORT, deadline).map_err(|e| failed(&e))?;
+    let adoption = Adoption::start(stream, call, Some(deadline)).map_err(|e| failed(&e))?;
+    stages.mark("agent ready");
+    let adopted = adoption.thawed(Some(Instant::now() + THAW_LIMIT));
+    let adopted = adopted.map_err(|e| failed(&e))?;
+    stages.mark("thawed");
+    Ok(adopted.failed)
 }
 
 /// A descriptor to be sent along, and its name.

@@ -12,13 +12,13 @@ use belljar_protocol::client::system;
 
 use super::SnapshotError;
 use super::error::io_failed;
-use super::saved::{Loaded, Saved};
+use super::saved::{Last, Loaded, Saved};
 use super::used::used_files;
 use crate::disk::copy_into;
-use crate::lifecycle;
+use crate::lifecycle::{self, LifeError};
 use crate::registry::{Found, State};
 use crate::state::spec::SandboxSpec;
-use crate::state::{self};
+use crate::state::{self, ProcessRecord, StateError};
 use crate::{accounting, vmm};
 
 /// The guest's programs stop within this time, or there is no snapshot.
@@ -29,6 +29,8 @@ const WRITE_OUT_LIMIT: Duration = Duration::from_secs(60);
 const CREATE_LIMIT: Duration = Duration::from_secs(300);
 /// Of the VMM's state, about.
 const STATE_BYTES: u64 = 1 << 20;
+/// Between two looks whether the guest goes on.
+const LOOK: Duration = Duration::from_micros(500);
 /// A capture by somebody else is over within this time.
 const TURN_LIMIT: Duration = Duration::from_secs(60);
 
@@ -48,6 +50,8 @@ pub struct Capture {
 #[derive(Debug, Clone)]
 pub struct Captured {
     pub id: String,
+    /// The snapshot that its memory was an increment of.
+    pub base: Option<String>,
     /// How long the guest's programs stood still.
     pub frozen: Duration,
     /// How long its processors did, which is a part of that.
@@ -63,7 +67,7 @@ pub(super) enum What {
     Disk,
     /// All of memory.
     Whole,
-    /// What differs from the memory that it was loaded from, if the keeper has that; else all of it.
+    /// What has changed since its last snapshot, or since it was loaded, if the keeper has that; else all of it.
     Increment,
 }
 
@@ -76,8 +80,10 @@ pub(super) struct Image {
     pub(super) disk: Option<File>,
     /// Files of this machine that are not in it, by the name of a base image.
     pub(super) base_files: BTreeMap<String, keeper::BaseFile>,
-    /// Memory holds only what differs from that of the snapshot it was loaded from.
-    pub(super) is_increment: bool,
+    /// Memory holds only what differs from that of this snapshot.
+    pub(super) base: Option<String>,
+    /// Whose memory it is.
+    vmm: Option<ProcessRecord>,
     pub(super) frozen: Duration,
     pub(super) paused: Duration,
 }
@@ -113,10 +119,17 @@ pub fn capture(
         cpu_baseline: "portable".to_owned(),
         requirements: BTreeMap::from([("cpu-vendor".to_owned(), image.saved.cpu_vendor.clone())]),
         base_files: image.base_files,
-        is_increment: image.is_increment,
+        is_increment: image.base.is_some(),
     };
-    keep(&mut client, call, options.wait, progress).map(|(id, kept)| Captured {
+    let accepted = |id: &str| match image.vmm {
+        // Written behind the answer: should the snapshot be lost yet, the next one has no base, and is whole.
+        Some(vmm) if image.memory.is_some() => Last::write(found, id, vmm),
+        _ => Ok(()),
+    };
+    let (id, kept) = keep(&mut client, call, options.wait, accepted, progress)?;
+    Ok(Captured {
         id,
+        base: image.base,
         frozen: image.frozen,
         paused: image.paused,
         kept,
@@ -127,6 +140,7 @@ fn keep(
     client: &mut Client,
     call: keeper::Keep,
     wait: bool,
+    has_id: impl FnOnce(&str) -> Result<(), StateError>,
     mut progress: impl FnMut(u64, u64),
 ) -> Result<(String, Option<keeper::Kept>), SnapshotError> {
     let mut tell = |answer| {
@@ -138,6 +152,7 @@ fn keep(
     let Answer::Accepted(accepted) = answer else {
         return Err(KeeperError::Unexpected.into());
     };
+    has_id(&accepted.id)?;
     if !wait {
         return Ok((accepted.id, None));
     }
@@ -155,6 +170,9 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
     let Some(turn) = turn else {
         return Err(SnapshotError::Busy(found.called()));
     };
+    if found.is_half_reset() {
+        return Err(LifeError::HalfReset(found.called()).into());
+    }
     let spec = found.spec()?;
     let look = found.state();
     let (Some(spec), true) = (spec, look.is_up()) else {
@@ -173,26 +191,36 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
         return Err(SnapshotError::NoDisk(found.called()));
     }
     let was_paused = matches!(look, State::Paused(_));
-    let saved = Saved::of(found, spec)?;
+    let mut saved = Saved::of(found, spec)?;
+    let last = Last::of(found, look.vmm())?;
+    // What this very guest was loaded from: it may have been booted since it was restored.
+    let loaded = Loaded::of(found)?;
+    let since = match (&last, &loaded) {
+        (Some(_), _) => "Increment",
+        (None, _) => "Diff",
+    };
+    if last.is_some() {
+        saved.parent.clone_from(&last);
+    }
     let spec = &saved.spec;
     let base_files = match look.vmm() {
         Some(vmm) => used_files(&found.called(), spec, vmm.pid)?,
         None => BTreeMap::new(),
     };
-    // What this very guest was loaded from: it may have been booted since it was restored.
-    let loaded = Loaded::of(found)?;
+    let base = match what {
+        What::Increment => last.or(loaded).unwrap_or_default(),
+        What::Disk | What::Whole => String::new(),
+    };
     // A view of a template has pages that are in no memory of the VMM's own; only a whole image holds them, too.
     let is_view = what == What::Whole && found.dir().file(state::ORIGIN).exists();
     let begin = keeper::Begin {
-        base: match what {
-            What::Increment => loaded.unwrap_or_default(),
-            What::Disk | What::Whole => String::new(),
-        },
+        base: base.clone(),
         memory_bytes: if disk_only { 0 } else { spec.memory },
         disk_bytes: spec.disk.unwrap_or(0),
         expected_bytes: expected_bytes(found, &look, spec, disk_only, is_view),
         sandbox_dir: found.dir().path().to_string_lossy().into_owned(),
         was_paused,
+        in_memory: what == What::Whole,
     };
     // The keeper has a share of the lock: should this process go, nobody else may begin before the keeper has
     // let the guest go on.
@@ -212,22 +240,40 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
         .as_ref()
         .map(|_| File::open(found.dir().file(state::DISK)));
     let own = own.transpose().map_err(failed())?;
+    let copy_disk = || match (own, &disk) {
+        (Some(own), Some(disk)) => {
+            copy_into(own, disk.try_clone().map_err(failed())?).map_err(failed())
+        }
+        _ => Ok(()),
+    };
+    let same = |state: &State| {
+        let same = state.vmm() == look.vmm();
+        same.then_some(())
+            .ok_or_else(|| SnapshotError::Disturbed(found.called()))
+    };
     let mut hold = Hold::new(found, was_paused);
     hold.freeze(disk_only)?;
-    if let Some(memory) = &memory {
-        hold.pause()?;
-        create(found, &state, memory, begun.has_base)?;
-    }
-    if let (Some(own), Some(disk)) = (own, &disk) {
-        copy_into(own, disk.try_clone().map_err(failed())?).map_err(failed())?;
-    }
-    // Both are of one instant only if the same guest stood still until now.
-    let now = found.state();
-    let stood_still = matches!(now, State::Paused(_)) || (memory.is_none() && now.is_up());
-    if now.vmm() != look.vmm() || !stood_still {
-        return Err(SnapshotError::Disturbed(found.called()));
-    }
-    let (frozen, paused) = hold.let_go()?;
+    let (frozen, paused) = match &memory {
+        None => {
+            copy_disk()?;
+            same(&found.state())?;
+            hold.let_go()?
+        }
+        Some(memory) => {
+            hold.pause()?;
+            copy_disk()?;
+            // Disk and memory are of one instant only if the same guest stands still until the VMM has frozen both.
+            let now = found.state();
+            same(&now)?;
+            if !matches!(now, State::Paused(_)) {
+                return Err(SnapshotError::Disturbed(found.called()));
+            }
+            // From now on the VMM counts changes from this image on, whatever becomes of it.
+            found.dir().remove_record(state::LAST)?;
+            let kind = if begun.has_base { since } else { "Full" };
+            hold.create(&state, memory, kind)?
+        }
+    };
     client.call(Call::Settle(keeper::Settle {}), &[], |_| {})?;
     Ok(Image {
         saved,
@@ -235,7 +281,8 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
         memory,
         disk,
         base_files,
-        is_increment: begun.has_base,
+        base: begun.has_base.then_some(base),
+        vmm: look.vmm(),
         frozen,
         paused,
     })
@@ -261,16 +308,22 @@ fn expected_bytes(
     memory.saturating_add(disk).saturating_add(STATE_BYTES)
 }
 
-/// Has the VMM write state and RAM into two files.
+/// How long the VMM says that the guest did not run.
+#[derive(serde::Deserialize)]
+struct Phases {
+    paused_us: u64,
+}
+
+/// Has the VMM freeze state and RAM, let the guest go on, and write them into two files. Returns when they are
+/// written, with the time from the call until the guest went on.
 fn create(
     found: &Found,
     state: &File,
     memory: &File,
-    is_increment: bool,
-) -> Result<(), SnapshotError> {
-    let kind = if is_increment { "Diff" } else { "Full" };
+    kind: &str,
+) -> Result<Duration, SnapshotError> {
     let body = format!(
-        r#"{{"snapshot_type":"{kind}","snapshot_path":"fd:state","mem_file_path":"fd:memory"}}"#
+        r#"{{"snapshot_type":"{kind}","snapshot_path":"fd:state","mem_file_path":"fd:memory","resume_vm":true}}"#
     );
     let descriptors = [("state", state.as_fd()), ("memory", memory.as_fd())];
     let call = ("PUT", "/snapshot/create");
@@ -281,10 +334,14 @@ fn create(
         .and_then(|mut api| {
             vmm::request_with(&mut api, call, body.as_bytes(), &descriptors, deadline)
         });
-    done.map(|_| ()).map_err(|source| SnapshotError::Api {
+    let answer = done.map_err(|source| SnapshotError::Api {
         id: found.called(),
         source,
-    })
+    })?;
+    let phases: Option<Phases> = serde_json::from_slice(&answer.body).ok();
+    Ok(Duration::from_micros(
+        phases.map_or(0, |phases| phases.paused_us),
+    ))
 }
 
 /// A sandbox that stands still; dropped, it goes on.
@@ -329,6 +386,36 @@ impl<'a> Hold<'a> {
     fn pause(&mut self) -> Result<(), SnapshotError> {
         self.paused = Some(Instant::now());
         Ok(lifecycle::set_paused(self.found)?)
+    }
+
+    /// Has the paused guest written down. Its processors go on when it is frozen, its programs right after that,
+    /// while it is being written. Returns how long programs and processors stood still.
+    fn create(
+        mut self,
+        state: &File,
+        memory: &File,
+        kind: &str,
+    ) -> Result<(Duration, Duration), SnapshotError> {
+        let found = self.found;
+        let asked = Instant::now();
+        let until_asked = self.paused.map_or(Duration::ZERO, |since| asked - since);
+        std::thread::scope(|scope| {
+            let writing = scope.spawn(|| create(found, state, memory, kind));
+            while !writing.is_finished() && !matches!(found.state(), State::Running(_)) {
+                std::thread::sleep(LOOK);
+            }
+            let went_on = matches!(found.state(), State::Running(_));
+            let let_go = went_on.then(|| {
+                self.paused = None;
+                self.let_go()
+            });
+            let broken = |_| SnapshotError::Disturbed(found.called());
+            let stood_still = writing.join().map_err(broken)??;
+            match let_go {
+                Some(let_go) => Ok((let_go?.0, until_asked + stood_still)),
+                None => Err(SnapshotError::Disturbed(found.called())),
+            }
+        })
     }
 
     /// Lets it go on; returns how long programs and processors stood still.

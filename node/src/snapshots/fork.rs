@@ -6,9 +6,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use belljar_keeper::client::Keeper;
+use rustix::fs::{SealFlags, fcntl_add_seals};
 
 use super::SnapshotError;
 use super::capture::{What, take};
+use super::error::io_failed;
 use super::restore::{Host, NewClone, Source, restore};
 use crate::registry::Found;
 use crate::stages::Stages;
@@ -51,10 +53,17 @@ pub fn fork(
     let mut client = keeper.connect()?;
     let image = take(found, &mut client, What::Whole)?;
     let (frozen, paused) = (image.frozen, image.paused);
+    for file in image.memory.iter().chain([&image.state]) {
+        // The parent's VMM wrote it, and may have it open still.
+        let seals = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+        fcntl_add_seals(file, seals)
+            .map_err(|errno| io_failed("seal the memory that clones share")(errno.into()))?;
+    }
     let source = Source {
         saved: image.saved,
         snapshot: None,
         machine: image.memory.map(|memory| (image.state, memory)),
+        handler: None,
         disk: image.disk,
         base_images: BTreeMap::new(),
         hot: true,

@@ -19,7 +19,7 @@ pub use belljar_keeper::v1 as keeper;
 pub use capture::{Capture, Captured, capture};
 pub use error::SnapshotError;
 pub use fork::{Fork, Forked, fork};
-pub use reset::reset;
+pub use reset::{Reset, reset};
 pub use restore::{Host, NewClone, Source, check, restore};
 pub(crate) use saved::Loaded;
 pub use saved::{Origin, Saved};

@@ -2,10 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use belljar_keeper::client::{Keeper, KeeperError};
 use belljar_keeper::v1::{self as keeper, reply::Result as Answer, request::Call};
+
+use rustix::fs::Access;
 
 use super::SnapshotError;
 use super::saved::{IMAGE, INITRAMFS, KERNEL, Saved, base_files, drive_name};
@@ -35,6 +38,8 @@ pub struct Source {
     pub snapshot: Option<String>,
     /// State and memory; `None`: a guest is booted with the disk.
     pub machine: Option<(File, File)>,
+    /// Memory comes while the guest runs: the socket of who brings it. For one guest.
+    pub handler: Option<OwnedFd>,
     pub disk: Option<File>,
     /// Where the base images are, by drive.
     pub base_images: BTreeMap<String, String>,
@@ -53,6 +58,20 @@ impl Source {
         assets: &Assets,
         image: Option<PathBuf>,
     ) -> Result<Self, SnapshotError> {
+        Self::open_for(keeper, snapshot, assets, image, |_| false)
+    }
+
+    /// The same; without state and memory if `disk_only` says so of the snapshot's id.
+    ///
+    /// # Errors
+    /// As [`Source::open`].
+    pub(super) fn open_for(
+        keeper: &Keeper,
+        snapshot: &str,
+        assets: &Assets,
+        image: Option<PathBuf>,
+        disk_only: impl FnOnce(&str) -> bool,
+    ) -> Result<Self, SnapshotError> {
         let mut client = keeper.connect()?;
         let describe = Call::Describe(keeper::Describe {
             snapshot: snapshot.to_owned(),
@@ -65,6 +84,8 @@ impl Source {
         let open = Call::Open(keeper::Open {
             snapshot: id_of(&description),
             candidates,
+            disk_only: disk_only(&id_of(&description)),
+            lazy: can_wait_for_pages(),
         });
         let (Answer::Opened(opened), files) = client.call(open, &[], |_| {})? else {
             return Err(KeeperError::Unexpected.into());
@@ -76,7 +97,9 @@ impl Source {
             false => None,
         };
         let disk = opened.has_disk.then(&mut next).transpose()?;
+        let handler = opened.lazy.then(&mut next).transpose()?.map(OwnedFd::from);
         Ok(Self {
+            handler,
             saved,
             snapshot: Some(id_of(&description)),
             machine,
@@ -130,6 +153,13 @@ impl Source {
         }
         Ok(spec)
     }
+}
+
+/// Whether a VMM of this user may have faults of its guest's memory answered by another process, and nobody
+/// wants memory complete before the guest runs (`BELLJAR_LAZY=0`).
+fn can_wait_for_pages() -> bool {
+    std::env::var_os("BELLJAR_LAZY").is_none_or(|on| on != "0")
+        && rustix::fs::access("/dev/userfaultfd", Access::READ_OK | Access::WRITE_OK).is_ok()
 }
 
 fn id_of(description: &keeper::Description) -> String {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::cpu;
 use crate::registry::Found;
 use crate::state::spec::{DriveRecord, SandboxSpec};
-use crate::state::{self, StateError};
+use crate::state::{self, ProcessRecord, StateError};
 
 /// Version of [`Saved`] and [`Origin`] that this program writes. Fields are only added within a version.
 const VERSION: u32 = 1;
@@ -150,6 +150,41 @@ impl Loaded {
     pub(super) fn of(found: &Found) -> Result<Option<String>, StateError> {
         let record: Option<Self> = found.dir().read_record(state::LOADED)?;
         Ok(record.map(|loaded| loaded.snapshot))
+    }
+}
+
+/// The last snapshot of the guest that runs (`last.json`): what has changed since then its VMM knows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Last {
+    version: u32,
+    snapshot: String,
+    /// The process that knows.
+    vmm: ProcessRecord,
+}
+
+impl Last {
+    /// Of this very process; `None` if it was never saved, or not as far as is known.
+    pub(super) fn of(
+        found: &Found,
+        vmm: Option<ProcessRecord>,
+    ) -> Result<Option<String>, StateError> {
+        let record: Option<Self> = found.dir().read_record(state::LAST)?;
+        let last = record.filter(|last| last.version == VERSION && Some(last.vmm) == vmm);
+        Ok(last.map(|last| last.snapshot))
+    }
+
+    /// From now on changes are known since this snapshot.
+    pub(super) fn write(
+        found: &Found,
+        snapshot: &str,
+        vmm: ProcessRecord,
+    ) -> Result<(), StateError> {
+        let record = Self {
+            version: VERSION,
+            snapshot: snapshot.to_owned(),
+            vmm,
+        };
+        found.dir().write_record(state::LAST, &record)
     }
 }
 

@@ -9,6 +9,8 @@
 //! | `boot.json` | the stages of the last start |
 //! | `origin.json` | which snapshot it comes from; only if it does |
 //! | `loaded.json` | which snapshot the guest that runs was loaded from; only if it was |
+//! | `last.json` | the last snapshot that was taken of the guest that runs |
+//! | `resetting.json` | the guest that runs is half way back to a snapshot |
 //! | `capture` | locked (flock) while it is held still for a snapshot |
 //! | `owner.json` | supervisor, VMM, boot of the machine |
 //! | `ended.json` | how the VMM ended; appears by rename |
@@ -60,6 +62,10 @@ pub const BOOT: &str = "boot.json";
 pub const ORIGIN: &str = "origin.json";
 /// What the guest that runs was loaded from; forgotten before the next start.
 pub const LOADED: &str = "loaded.json";
+/// The last snapshot that was taken of the guest that runs; forgotten before the next start.
+pub const LAST: &str = "last.json";
+/// There while the guest that runs is half way back to a snapshot, and fit for nothing but another reset.
+pub const RESETTING: &str = "resetting.json";
 pub const CAPTURE: &str = "capture";
 pub const CONTROL_SOCKET: &str = "control.sock";
 pub const OWNER: &str = "owner.json";

@@ -7,8 +7,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::{
-    API_SOCKET, BOOT, CONSOLE_SOCKET, CONTROL_SOCKET, ENDED, LOADED, OWNER, Owner, SandboxDir,
-    StateError, VSOCK_SOCKET, io_error,
+    API_SOCKET, BOOT, CONSOLE_SOCKET, CONTROL_SOCKET, ENDED, LAST, LOADED, OWNER, Owner, RESETTING,
+    SandboxDir, StateError, VSOCK_SOCKET, io_error,
 };
 
 impl SandboxDir {
@@ -72,6 +72,20 @@ impl SandboxDir {
             .map_err(|source| StateError::Malformed { path, source })
     }
 
+    /// Removes a record, if there is one.
+    ///
+    /// # Errors
+    /// The directory cannot be written.
+    pub fn remove_record(&self, name: &str) -> Result<(), StateError> {
+        let path = self.file(name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(io_error("remove", &path)(error))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Takes away what belongs to an earlier run of its guest: sockets first, since a new VMM makes them,
     /// the record of the end last.
     ///
@@ -89,16 +103,12 @@ impl SandboxDir {
             OWNER,
             BOOT,
             LOADED,
+            LAST,
+            RESETTING,
             ENDED,
         ];
         for name in names {
-            let path = self.file(name);
-            match fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(io_error("remove", &path)(error));
-                }
-                _ => {}
-            }
+            self.remove_record(name)?;
         }
         Ok(())
     }

@@ -18,6 +18,7 @@ mod overload;
 mod processes;
 mod run;
 mod snapshots;
+mod snapshots_in_place;
 mod system;
 mod terminals;
 mod watch_ports;

@@ -433,7 +433,11 @@ impl VirtioDevice for Block {
         if queue != 0 {
             return Ok(());
         }
-        let result = self.process(io);
+        // A drive that was replaced while the guest stood still is the new one from its first request on.
+        let result = match self.control.take() {
+            Some(order) => self.wake(io, Some(order)),
+            None => self.process(io),
+        };
         self.settled(result)
     }
 

@@ -1,0 +1,328 @@
+//! Guests that run before their memory is here.
+//!
+//! RAM of each is a private view of one memfd, and what is missing in it raises a fault. Whoever needs a page
+//! first has its block of 64 KiB filled from chunks, each of which is verified; the others find it there. Pages
+//! are brought in whole, so nobody sees a part of one. Behind the guests all of it is filled, first what earlier
+//! restores needed, in their order; then it becomes a template, which the next clones map. A page that cannot be
+//! had is given as broken, and stops the guest that needs it.
+//!
+//! The memfd cannot be written but by this process: it has mode 0400, and is sealed against new writable mappings.
+
+use std::collections::HashMap;
+use std::fs::{File, Permissions};
+use std::io::{self, Write};
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+
+use belljar_store::{PAGE, Reader, SnapshotId};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{SealFlags, fcntl_add_seals};
+
+use super::capture::sealable;
+use super::regions::{Regions, receive};
+use super::templates::{Part, read_only};
+use super::touched::Touched;
+use super::{Busy, Shared, calls, locked, log};
+use crate::images;
+use crate::sys::{Filling, Userfault};
+use crate::v1;
+
+/// Bytes that one fault brings in.
+const BLOCK: u64 = 64 << 10;
+
+/// Images that are being filled, by snapshot.
+#[derive(Default)]
+pub(crate) struct Lazies(Mutex<HashMap<SnapshotId, Arc<Lazy>>>);
+
+/// What is known of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Block {
+    Missing,
+    /// Somebody brings it in.
+    Coming,
+    Here,
+}
+
+/// A snapshot's memory that is being filled.
+pub(crate) struct Lazy {
+    reader: Reader,
+    file: File,
+    filling: Filling,
+    length: u64,
+    blocks: Mutex<Vec<Block>>,
+    changed: Condvar,
+    touched: Mutex<Touched>,
+}
+
+impl Lazies {
+    /// The memory of a snapshot, for a clone that runs at once, and the socket on which its VMM tells of its RAM.
+    pub(super) fn open(
+        &self,
+        shared: &Arc<Shared>,
+        reader: Reader,
+    ) -> Result<(File, OwnedFd), v1::Error> {
+        let failed = super::names::io_error("fill memory while the guest runs");
+        let id = reader.manifest().id;
+        let opened = || -> io::Result<(File, OwnedFd)> {
+            let mut all = locked(&self.0);
+            let lazy = match all.get(&id) {
+                Some(lazy) => Arc::clone(lazy),
+                None => {
+                    let lazy = Arc::new(Lazy::new(reader)?);
+                    fill_behind(shared, &lazy)?;
+                    all.insert(id, Arc::clone(&lazy));
+                    lazy
+                }
+            };
+            drop(all);
+            let (ours, theirs) = UnixStream::pair()?;
+            let file = read_only(&lazy.file)?;
+            let busy = Busy::begin(shared);
+            std::thread::Builder::new()
+                .name("faults".to_owned())
+                .spawn(move || serve(&lazy, &ours, &busy))?;
+            Ok((file, theirs.into()))
+        };
+        opened().map_err(failed)
+    }
+
+    fn forget(&self, id: SnapshotId) {
+        locked(&self.0).remove(&id);
+    }
+}
+
+impl Lazy {
+    fn new(reader: Reader) -> io::Result<Self> {
+        let image = reader.image(images::MEMORY).map_err(io::Error::other)?;
+        let length = image.length;
+        let file = sealable("lazy template")?;
+        file.set_len(length)?;
+        file.set_permissions(Permissions::from_mode(0o400))?;
+        // A mapping that was there before goes on writing.
+        let filling = Filling::new(&file, length)?;
+        let seals = SealFlags::FUTURE_WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
+        fcntl_add_seals(&file, seals)?;
+        let count = usize::try_from(length.div_ceil(BLOCK)).map_err(io::Error::other)?;
+        Ok(Self {
+            file,
+            filling,
+            length,
+            blocks: Mutex::new(vec![Block::Missing; count]),
+            changed: Condvar::new(),
+            touched: Mutex::new(Touched::default()),
+            reader,
+        })
+    }
+
+    /// Parts of a block that are not zero, in bytes of the image.
+    fn data(&self, block: &Range<u64>) -> Vec<Range<u64>> {
+        let Ok(image) = self.reader.image(images::MEMORY) else {
+            return Vec::new();
+        };
+        let mut parts: Vec<Range<u64>> = Vec::new();
+        for extent in image.extents_in(block.start / PAGE..block.end.div_ceil(PAGE)) {
+            let start = extent.page.saturating_mul(PAGE);
+            let end = start.saturating_add(u64::from(extent.pages).saturating_mul(PAGE));
+            match parts.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                _ => parts.push(start..end),
+            }
+        }
+        parts
+    }
+
+    fn block(&self, offset: u64) -> Range<u64> {
+        let start = offset - offset % BLOCK;
+        start..start.saturating_add(BLOCK).min(self.length)
+    }
+
+    /// Brings a block in, if nobody has; returns when it is here.
+    fn bring(&self, block: &Range<u64>) -> Result<(), String> {
+        let number = usize::try_from(block.start / BLOCK).unwrap_or(usize::MAX);
+        let mut blocks = locked(&self.blocks);
+        loop {
+            match blocks.get_mut(number) {
+                None => return Err(format!("there is no page at {:#x}", block.start)),
+                Some(Block::Here) => return Ok(()),
+                Some(state @ Block::Missing) => {
+                    *state = Block::Coming;
+                    break;
+                }
+                Some(Block::Coming) => {
+                    let waited = self.changed.wait(blocks);
+                    blocks = waited.unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+        }
+        drop(blocks);
+        let outcome = self.read_and_fill(block);
+        let state = match outcome {
+            Ok(()) => Block::Here,
+            Err(_) => Block::Missing,
+        };
+        if let Some(slot) = locked(&self.blocks).get_mut(number) {
+            *slot = state;
+        }
+        self.changed.notify_all();
+        outcome
+    }
+
+    fn read_and_fill(&self, block: &Range<u64>) -> Result<(), String> {
+        for part in self.data(block) {
+            let length = usize::try_from(part.end.saturating_sub(part.start)).unwrap_or(0);
+            let mut bytes = vec![0; length];
+            let read = self.reader.read(images::MEMORY, part.start, &mut bytes);
+            read.map_err(|error| error.to_string())?;
+            let filled = self.filling.fill(&bytes, part.start);
+            filled.map_err(|error| format!("there is no room for it in memory: {error}"))?;
+        }
+        Ok(())
+    }
+
+    /// Everything that is not zero, what earlier guests needed first.
+    fn bring_all(&self, first: &Touched) -> Result<(), String> {
+        for page in first.pages() {
+            let offset = page.saturating_mul(PAGE);
+            if offset < self.length {
+                self.bring(&self.block(offset))?;
+            }
+        }
+        let mut at = 0;
+        while at < self.length {
+            let block = self.block(at);
+            if !self.data(&block).is_empty() {
+                self.bring(&block)?;
+            }
+            at = block.end;
+        }
+        Ok(())
+    }
+
+    /// Answers one fault: what is zero with zeros, the rest from the block.
+    fn resolve(&self, userfault: &Userfault, regions: &Regions, address: u64) -> io::Result<()> {
+        let Some(offset) = regions.offset(address) else {
+            return Err(io::Error::other(format!("a fault at {address:#x}")));
+        };
+        let page = address - address % PAGE;
+        let block = self.block(offset);
+        let data = self.data(&block);
+        let holes = |at: u64| {
+            let before = data.iter().rfind(|part| part.end <= at);
+            let after = data.iter().find(|part| part.start > at);
+            before.map_or(block.start, |part| part.end)..after.map_or(block.end, |part| part.start)
+        };
+        if !data.iter().any(|part| part.contains(&offset)) {
+            for range in regions.addresses(&holes(offset)) {
+                // The VMM may have mapped something else in between; what counts is the page itself.
+                let _ = userfault.zero(&range);
+            }
+            return userfault.zero_page(page);
+        }
+        if let Err(why) = self.bring(&block) {
+            let id = self.reader.manifest().id;
+            log::line(&format!(
+                "snapshot {id}: the page at {offset:#x} of memory cannot be had, and a guest that needs it is stopped: {why}"
+            ));
+            // If even that cannot be, the guest is stopped by the end of this service.
+            userfault.poison_page(page)?;
+            for range in regions.addresses(&block) {
+                let _ = userfault.poison(&range);
+            }
+            return Ok(());
+        }
+        for range in regions.addresses(&block) {
+            userfault.wake(&range)?;
+        }
+        Ok(())
+    }
+}
+
+/// Serves the faults of one guest, until its VMM ends.
+fn serve(lazy: &Lazy, socket: &UnixStream, busy: &Busy) {
+    if let Err(error) = try_serve(lazy, socket) {
+        let id = lazy.reader.manifest().id;
+        log::line(&format!(
+            "the faults of a guest of snapshot {id} are not served any more, which stops it: {error}"
+        ));
+    }
+    let touched = locked(&lazy.touched);
+    touched.save(&busy.shared().touched, lazy.reader.manifest().id);
+}
+
+fn try_serve(lazy: &Lazy, socket: &UnixStream) -> io::Result<()> {
+    // One that is never told of has no guest.
+    let Some((regions, userfault)) = receive(socket, lazy.length)? else {
+        return Ok(());
+    };
+    let userfault = Userfault::from(userfault);
+    loop {
+        let mut set = [
+            PollFd::new(&userfault, PollFlags::IN),
+            PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::IN),
+        ];
+        match poll(&mut set, None) {
+            Err(rustix::io::Errno::INTR) => continue,
+            done => done?,
+        };
+        let [faults, hung_up] = &set;
+        if !hung_up.revents().is_empty() {
+            return Ok(());
+        }
+        if faults.revents().is_empty() {
+            continue;
+        }
+        for fault in userfault.faults()? {
+            if let Some(offset) = regions.offset(fault.address) {
+                locked(&lazy.touched).note(offset / PAGE, fault.is_write);
+            }
+            match lazy.resolve(&userfault, &regions, fault.address) {
+                // The VMM is ending.
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
+                other => other?,
+            }
+        }
+    }
+}
+
+/// Fills all of it, and makes it a template.
+fn fill_behind(shared: &Arc<Shared>, lazy: &Arc<Lazy>) -> io::Result<()> {
+    let (busy, lazy) = (Busy::begin(shared), Arc::clone(lazy));
+    let work = move || {
+        let shared = busy.shared();
+        let id = lazy.reader.manifest().id;
+        let first = Touched::load(&shared.touched, id);
+        match lazy.bring_all(&first) {
+            Ok(()) => {
+                calls::keep_template(shared, &lazy.reader, Part::Memory, |file| {
+                    copy_data(&lazy, file)
+                });
+            }
+            Err(why) => log::line(&format!("snapshot {id}: memory stays incomplete: {why}")),
+        }
+        // Who comes now finds the template, or begins again.
+        shared.lazies.forget(id);
+        shared.templates.settle(id);
+    };
+    std::thread::Builder::new()
+        .name("fill".to_owned())
+        .spawn(work)
+        .map(drop)
+}
+
+fn copy_data(lazy: &Lazy, mut file: &File) -> io::Result<()> {
+    let mut bytes = Vec::new();
+    let mut at = 0;
+    while at < lazy.length {
+        let block = lazy.block(at);
+        for part in lazy.data(&block) {
+            bytes.resize(usize::try_from(part.end - part.start).unwrap_or(0), 0);
+            lazy.file.read_exact_at(&mut bytes, part.start)?;
+            file.write_all_at(&bytes, part.start)?;
+        }
+        at = block.end;
+    }
+    file.flush()
+}

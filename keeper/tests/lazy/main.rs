@@ -1,0 +1,248 @@
+//! Memory that the keeper brings in while somebody uses it: what a VMM's guest sees.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod sys;
+
+use std::fs::File;
+use std::io::{IoSlice, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use belljar_keeper::client::Client;
+use belljar_keeper::v1::{self, reply::Result as Answer, request::Call};
+use common::{MIB, Place, capture, content, forget_templates, open};
+use sys::View;
+
+const LENGTH: usize = 8 << 20;
+
+/// A guest that runs from a snapshot.
+struct Guest {
+    view: View,
+    memory: File,
+    /// `None`: it was complete already.
+    socket: Option<UnixStream>,
+}
+
+impl Guest {
+    /// As a VMM does, with RAM in two regions.
+    fn new(client: &mut Client, word: &str) -> Self {
+        let open = v1::Open {
+            snapshot: word.to_owned(),
+            lazy: true,
+            ..v1::Open::default()
+        };
+        let (answer, files) = client.call(Call::Open(open), &[], |_| {}).unwrap();
+        let Answer::Opened(opened) = answer else {
+            panic!("not opened")
+        };
+        assert_ne!(opened.lazy, opened.hot);
+        let mut files = files.into_iter();
+        assert_eq!(content(&files.next().unwrap().into()), b"state");
+        let memory = File::from(files.next().unwrap());
+        let _disk = files.next().unwrap();
+        if opened.hot {
+            return Self {
+                view: View::of(&memory, LENGTH),
+                memory,
+                socket: None,
+            };
+        }
+        let socket = UnixStream::from(files.next().unwrap());
+        let view = View::of(&memory, LENGTH).waiting();
+        let half = LENGTH / 2;
+        let message = format!(
+            r#"[{{"base_host_virt_addr": {}, "size": {half}, "offset": 0, "page_size": 4096, "page_size_kib": 4096}},
+                {{"base_host_virt_addr": {}, "size": {half}, "offset": {half}, "page_size": 4096, "page_size_kib": 4096}}]"#,
+            view.start,
+            view.start + half as u64,
+        );
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = rustix::net::SendAncillaryBuffer::new(&mut space);
+        let descriptors = [view.userfault.as_fd()];
+        assert!(control.push(rustix::net::SendAncillaryMessage::ScmRights(&descriptors)));
+        let slices = [IoSlice::new(message.as_bytes())];
+        let flags = rustix::net::SendFlags::NOSIGNAL;
+        rustix::net::sendmsg(&socket, &slices, &mut control, flags).unwrap();
+        Self {
+            view,
+            memory,
+            socket: Some(socket),
+        }
+    }
+
+    fn page(&self, number: usize) -> std::io::Result<Vec<u8>> {
+        self.view.read(number * 4096, 4096)
+    }
+}
+
+/// Does it within a bound, or it hangs.
+fn bounded<T: Send + 'static>(what: &str, work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || sender.send(work()));
+    receiver
+        .recv_timeout(Duration::from_secs(60))
+        .unwrap_or_else(|_| panic!("{what} hangs"))
+}
+
+fn without_templates(place: &Place, client: Client, id: &str) -> Client {
+    let record = place.path().join(format!("templates/{id}.disk.ok"));
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !record.exists() {
+        assert!(Instant::now() < deadline, "no template was made");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    drop(client);
+    place.kill();
+    forget_templates(&place.path());
+    place.connect()
+}
+
+#[test]
+fn a_guest_sees_each_page_as_it_was_and_the_next_one_finds_a_template() {
+    let place = Place::new();
+    let mut client = place.connect();
+    let (id, memory) = capture(&mut client, 5, "one");
+    for round in 0..2 {
+        client = without_templates(&place, client, &id);
+        let guests = [
+            Guest::new(&mut client, "one"),
+            Guest::new(&mut client, "one"),
+        ];
+        // What one writes is its own, whether the page was there or not.
+        guests[0].view.write(800 * 4096 + 7, 0x5a);
+        guests[0].view.write(7 * 4096, 0xa5);
+        let memory = memory.clone();
+        let guests = bounded("a guest", move || {
+            std::thread::scope(|scope| {
+                for (guest, step) in [(0, 7), (1, 11), (1, 13), (0, 3)] {
+                    let (guest, memory) = (&guests[guest], &memory);
+                    let is_first = step == 7 || step == 3;
+                    scope.spawn(move || {
+                        for number in (0..2048).map(|number| number * step * 97 % 2048) {
+                            if is_first && (number == 800 || number == 7) {
+                                continue;
+                            }
+                            let page = guest.page(number).unwrap();
+                            assert!(page == memory[number * 4096..][..4096], "page {number}");
+                        }
+                    });
+                }
+            });
+            guests
+        });
+        assert_eq!(guests[0].page(800).unwrap()[7], 0x5a);
+        assert_eq!(guests[0].page(7).unwrap()[0], 0xa5);
+        // Nobody who has it can change what clones share.
+        let memory = format!(
+            "/proc/self/fd/{}",
+            std::os::fd::AsRawFd::as_raw_fd(&guests[0].memory)
+        );
+        if let Ok(mut file) = File::options().write(true).open(memory) {
+            assert!(file.write_all(b"x").is_err());
+            assert!(file.set_len(0).is_err());
+        }
+        let template = place.path().join(format!("templates/{id}.memory.ok"));
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !template.exists() {
+            assert!(Instant::now() < deadline, "it became no template");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        drop(guests);
+        let record = place.path().join("touched").join(&id);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !record.exists() {
+            assert!(
+                Instant::now() < deadline,
+                "nothing is known of what was touched ({round})"
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+    let (opened, files) = open(&mut client, "one").unwrap();
+    assert!(opened.hot);
+    assert!(content(&files[1]) == memory);
+    let call = Call::Verify(v1::Verify {});
+    let (Answer::Verified(verified), _) = client.call(call, &[], |_| {}).unwrap() else {
+        panic!("not verified")
+    };
+    assert_eq!(verified.bad_templates, [] as [String; 0]);
+}
+
+/// Turns a bit over in every pack's middle.
+fn spoil_packs(place: &Path) {
+    for entry in std::fs::read_dir(place.join("store/packs")).unwrap() {
+        let path = entry.unwrap().path();
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        let length = file.metadata().unwrap().len();
+        let mut byte = [0];
+        for at in [length / 3, length / 2, length * 2 / 3] {
+            file.read_exact_at(&mut byte, at).unwrap();
+            file.write_all_at(&[byte[0] ^ 4], at).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_page_that_cannot_be_had_is_an_error_and_never_other_bytes() {
+    let place = Place::new();
+    let mut client = place.connect();
+    let (id, memory) = capture(&mut client, 6, "one");
+    let mut client = without_templates(&place, client, &id);
+    spoil_packs(&place.path());
+    let guest = Guest::new(&mut client, "one");
+    let broken = bounded("a guest without its pages", move || {
+        let mut broken = 0;
+        for number in 0..2048 {
+            match guest.page(number) {
+                Ok(page) => {
+                    assert!(page == memory[number * 4096..][..4096], "page {number}");
+                }
+                Err(_) => broken += 1,
+            }
+        }
+        broken
+    });
+    assert!(broken > 0, "nothing was broken");
+    let log = std::fs::read_to_string(place.path().join("keeper.log")).unwrap();
+    assert!(log.contains("a guest that needs it is stopped"), "{log}");
+    assert!(
+        !place.path().join(format!("templates/{id}.memory")).exists(),
+        "what is not whole is no template"
+    );
+}
+
+#[test]
+fn who_watches_the_keeper_sees_its_end() {
+    let place = Place::new();
+    let mut client = place.connect();
+    let (id, _) = capture(&mut client, 7, "one");
+    let mut client = without_templates(&place, client, &id);
+    let guest = Guest::new(&mut client, "one");
+    assert_eq!(guest.page(2000).unwrap(), [0; 4096]);
+    // Nobody asks it for anything, and it stays as long as there is a guest.
+    drop(client);
+    place.kill();
+    let socket = guest.socket.as_ref().unwrap().try_clone().unwrap();
+    let read = bounded("the socket", move || {
+        let mut byte = [0];
+        std::io::Read::read(&mut &socket, &mut byte)
+    });
+    assert!(matches!(read, Ok(0) | Err(_)), "{read:?}");
+    // One that comes later begins anew.
+    let mut client = place.connect();
+    let again = Guest::new(&mut client, "one");
+    assert_eq!(again.page(2000).unwrap(), [0; 4096]);
+    assert_eq!(again.memory.metadata().unwrap().len(), 8 * MIB);
+}
