@@ -27,8 +27,6 @@ release_dir() {
 choose_host() { # SECONDS
     host=()
     if [ "$(tests/host/need)" = emulated ]; then
-        # One processor: code that several emulated ones patch under each other's feet (a guest's kernel does, at
-        # boot) is what the emulation gets wrong now and then, and only the first is kicked (tests/host/lib/machine.py).
-        host=(tests/host/run -s 1 -t "$1" --)
+        host=(tests/host/run -t "$1" --)
     fi
 }
