@@ -89,19 +89,17 @@ fn take(args: &Args) -> Result<u8, Failure> {
 
 /// What it took, for programs.
 fn what_it_took(captured: &Captured) -> Value {
-    let mut value = json!({
+    let kept = captured.kept.as_ref();
+    json!({
         "id": captured.id,
         "base": captured.base,
         "frozen_us": output::micros(captured.frozen),
         "paused_us": output::micros(captured.paused),
-    });
-    if let Some(kept) = &captured.kept {
-        value["data_bytes"] = kept.data_bytes.into();
-        value["new_bytes"] = kept.new_bytes.into();
-        value["stored_bytes"] = kept.stored_bytes.into();
-        value["durable_us"] = kept.took_ms.saturating_mul(1000).into();
-    }
-    value
+        "data_bytes": kept.map(|kept| kept.data_bytes),
+        "new_bytes": kept.map(|kept| kept.new_bytes),
+        "stored_bytes": kept.map(|kept| kept.stored_bytes),
+        "durable_us": kept.map(|kept| kept.took_ms.saturating_mul(1000)),
+    })
 }
 
 /// What it took, for people.

@@ -266,7 +266,7 @@ pub fn in_to_guest(
         match attributes::of_host(&file) {
             Ok(all) => attributes::give(all, guest, &target, &options.user, &mut copied)?,
             Err(source) => {
-                copied.problem(host_failed("read the attributes of", from, source).to_string())
+                copied.problem(host_failed("read the attributes of", from, source).to_string());
             }
         }
     }
