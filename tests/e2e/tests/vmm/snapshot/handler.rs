@@ -63,7 +63,7 @@ fn clone_of(dir: &Path) -> Guest {
     Guest::loaded(vmm)
 }
 
-fn save(guest: &Guest, dir: &Path, ram: &str, more: serde_json::Value) -> u64 {
+fn save(guest: &Guest, dir: &Path, ram: &str, more: &serde_json::Value) -> u64 {
     let mut body = json!({
         "snapshot_path": dir.join("state"), "mem_file_path": dir.join(ram), "resume_vm": true,
     });
@@ -94,8 +94,8 @@ fn a_guest_lives_on_pages_that_somebody_brings() {
     );
     let remembered = parent.sh(REMEMBER);
     // What was freed is in a snapshot, unless the guest is asked for it first.
-    let all = save(&parent, dir, "all", json!({}));
-    let used = save(&parent, dir, "ram", json!({"hint_free_pages_ms": 5000}));
+    let all = save(&parent, dir, "all", &json!({}));
+    let used = save(&parent, dir, "ram", &json!({"hint_free_pages_ms": 5000}));
     println!(
         "{} MB, without free pages {}",
         all / 1_000_000,
@@ -113,7 +113,7 @@ fn a_guest_lives_on_pages_that_somebody_brings() {
     guest.vmm.patch("/balloon/hinting/start", &json!({}));
     guest.sh("head -c 8M /dev/zero > /dev/shm/zeros; cmp -n 8388608 /dev/shm/zeros /dev/zero");
     // All of it, although most was never touched.
-    save(&guest, dir, "whole", json!({}));
+    save(&guest, dir, "whole", &json!({}));
     assert_eq!(guest.sh(REMEMBER), remembered);
     let begun = Instant::now();
     handler.signal(Signal::KILL);
