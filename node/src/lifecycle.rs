@@ -22,7 +22,7 @@ const SUPERVISOR_PATIENCE: Duration = Duration::from_secs(10);
 /// An API that has a thread of its own answers within this time.
 const API_PATIENCE: Duration = Duration::from_secs(2);
 /// Pausing waits for disk requests that are under way.
-const PAUSE_PATIENCE: Duration = Duration::from_secs(20);
+const PAUSE_PATIENCE: Duration = Duration::from_millis(if cfg!(test) { 200 } else { 20_000 });
 
 /// Something could not be done to a sandbox.
 #[derive(Debug, thiserror::Error)]
@@ -401,4 +401,52 @@ pub(crate) fn has_ended(process: &OwnedFd, deadline: Instant) -> bool {
 pub fn is_persistent(found: &Found) -> bool {
     let spec = found.spec().ok().flatten();
     spec.is_some_and(|spec| spec.life == Life::Persistent)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::spec::SandboxSpec;
+    use crate::state::{CONFIG, OWNER, Owner, StateRoot};
+    use std::process::{Child, Command};
+
+    /// Ends what stands for a VMM.
+    struct Ends(Child);
+
+    impl Drop for Ends {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn who_stops_in_order_waits_for_a_snapshot_and_force_does_not() {
+        let place = tempfile::tempdir().unwrap();
+        let root = StateRoot::at(place.path()).unwrap();
+        let (dir, _lock) = root.create().unwrap();
+        let spec = SandboxSpec {
+            life: Life::Persistent,
+            ..SandboxSpec::default()
+        };
+        dir.write_record(CONFIG, &spec).unwrap();
+        let mut vmm = Ends(Command::new("sleep").arg("600").spawn().unwrap());
+        let process = ProcessRecord::of(vmm.0.id()).unwrap();
+        dir.write_record(OWNER, &Owner::new(process, Some(process), false))
+            .unwrap();
+        let found = Found::at(dir.clone());
+        let ask = Stop {
+            ask: true,
+            ..Stop::FORCE
+        };
+        let turn = dir.capture_turn(Duration::ZERO).unwrap();
+        assert!(turn.is_some());
+        let error = stop(&found, ask).unwrap_err();
+        assert!(matches!(error, LifeError::Busy(_)), "{error}");
+        let remedy = error.remedy().unwrap();
+        assert!(remedy.contains("stop --force"), "{remedy}");
+        assert!(vmm.0.try_wait().unwrap().is_none(), "it was stopped");
+        assert!(stop(&found, Stop::FORCE).is_ok());
+        assert!(vmm.0.try_wait().unwrap().is_some(), "it was not stopped");
+    }
 }

@@ -302,9 +302,12 @@ fn make_clones(args: &ForkArgs) -> Result<u8, Failure> {
     };
     let keeper = args.keeper.keeper(&root);
     let as_json = matches!(args.output, Some(Format::Json));
-    let forked = snapshots::fork(host, &keeper, &found, &fork, |id| {
+    let forked = snapshots::fork(host, &keeper, &found, &fork, |id, warnings| {
         if !as_json {
             output::print(&format!("{id}\n"));
+        }
+        for warning in warnings {
+            report::note(&format!("the guest of {id} goes on, but {warning}"));
         }
     })?;
     if as_json {

@@ -39,7 +39,8 @@ pub struct Forked {
     pub paused: Duration,
 }
 
-/// Makes clones, several at a time. `made` is told each one's id.
+/// Makes clones, several at a time. `made` is told each one's id, and what it could not be given
+/// ([`crate::sandbox::Sandbox::warnings`]).
 ///
 /// # Errors
 /// The first that could not be made; no further ones are begun then, and those that came up run.
@@ -48,7 +49,7 @@ pub fn fork(
     keeper: &Keeper,
     found: &Found,
     fork: &Fork,
-    made: impl FnMut(&str) + Send,
+    made: impl FnMut(&str, &[String]) + Send,
 ) -> Result<Forked, SnapshotError> {
     let mut client = keeper.connect()?;
     let image = take(found, &mut client, What::Whole)?;
@@ -82,8 +83,8 @@ pub fn fork(
                 .unwrap_or_else(std::sync::PoisonError::into_inner);
             let (made, ids, failed) = &mut *outcome;
             match one {
-                Ok(id) => {
-                    made(&id);
+                Ok((id, warnings)) => {
+                    made(&id, &warnings);
                     ids.push(id);
                 }
                 Err(error) => {
@@ -121,7 +122,7 @@ fn make_one(
     source: &Source,
     fork: &Fork,
     number: u32,
-) -> Result<String, SnapshotError> {
+) -> Result<(String, Vec<String>), SnapshotError> {
     let name = fork.name.as_ref().map(|name| match fork.count {
         1 => name.clone(),
         _ => format!("{name}-{number}"),
@@ -137,5 +138,6 @@ fn make_one(
     };
     let mut stages = Stages::new(Instant::now());
     let sandbox = restore(host, source, &clone, &mut stages)?;
-    Ok(sandbox.release()?.id().to_owned())
+    let warnings = sandbox.warnings().to_vec();
+    Ok((sandbox.release()?.id().to_owned(), warnings))
 }
