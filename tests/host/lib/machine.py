@@ -29,6 +29,10 @@ CONSOLE_KEPT = 64 * 1024
 # ever come: the emulated host stands still, or runs on in a guest that it can no longer leave. (Only the first processor
 # is kicked; what needs to be certain runs with one.)
 KICK = 0.05
+# Space for translated code, after which QEMU begins anew. It translates a page of code again for every address at which
+# some program has it, keeps all that, and walks through it at each store to that page when it is used for something
+# else: with the usual 1 GiB everything stands still for minutes after some hundred programs were started in a guest.
+TRANSLATIONS_MIB = 128
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 QEMU = "qemu-system-x86_64"
@@ -106,7 +110,7 @@ class Machine:
             # wrong by a factor on a machine under load, and so is every clock and time limit there.
             line += f" tsc_early_khz={tsc.khz()}"
         command = [
-            QEMU, "-M", "q35,accel=tcg", "-cpu", "EPYC,+svm,+npt,check=off", "-smp", str(cpus),
+            QEMU, "-M", "q35", "-accel", f"tcg,tb-size={TRANSLATIONS_MIB}", "-cpu", "EPYC,+svm,+npt,check=off", "-smp", str(cpus),
             "-m", str(shape.memory_mib), "-nographic", "-no-reboot", "-nodefaults", "-monitor", "none",
             "-object", f"memory-backend-memfd,id=memory,size={shape.memory_mib}M,share=on",
             "-numa", "node,memdev=memory",

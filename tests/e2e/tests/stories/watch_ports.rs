@@ -279,7 +279,7 @@ fn other_things_are_waited_for(sandbox: &Sandbox<'_>) {
     assert_eq!(said.code(), 124);
     let said = sandbox.says("wait", &["--output", "nothing", "x"]);
     assert_eq!(said.code(), 125);
-    said.explains(&["nothing", "belljar ps -a"]);
+    said.explains(&["no such process", "belljar ps -a"]);
     let said = sandbox.says("wait", &["--output", "web", "("]);
     assert_eq!(said.code(), 125);
     said.explains(&["pattern"]);
