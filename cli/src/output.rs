@@ -134,10 +134,8 @@ impl Table {
             .map(|(column, title)| {
                 let cells: Vec<String> = self.rows.iter().map(|row| cell(row, column)).collect();
                 let width = cells.iter().map(|text| text.chars().count()).max();
-                let number = |text: &String| text.starts_with(|c: char| c.is_ascii_digit());
-                let numeric = !cells.is_empty()
-                    && cells.iter().all(|text| number(text) || text == "-")
-                    && cells.iter().any(|text| ends_as_quantity(text));
+                let numeric = cells.iter().any(|text| text != "-")
+                    && cells.iter().all(|text| text == "-" || is_quantity(text));
                 (width.unwrap_or(0).max(title.chars().count()), numeric)
             })
             .collect();
@@ -163,10 +161,13 @@ impl Table {
     }
 }
 
-/// A number, perhaps with a unit: `5`, `1.5M`, `30%`.
-fn ends_as_quantity(text: &str) -> bool {
-    let rest = text.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.');
-    rest.len() < text.len() && rest.chars().count() <= 3
+/// Numbers, perhaps with units: `5`, `1.5M`, `30%`, `2m 5s`. An id such as `81915d84` is none.
+fn is_quantity(text: &str) -> bool {
+    text.split([' ', '/']).all(|part| {
+        let unit = part.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.');
+        let is_short = unit.chars().count() <= 3 && !unit.contains(|c: char| c.is_ascii_digit());
+        part.is_empty() || (unit.len() < part.len() && is_short)
+    })
 }
 
 /// Fit for a terminal: control characters, escape sequences and what turns the direction of writing
@@ -278,6 +279,11 @@ mod tests {
             "NAME       MEMORY  WHY\na            256M  x\nlong-name    1.5G\n"
         );
         assert_eq!(Table::new(&["A", "B"]).render(), "A  B\n");
+        // Ids are no numbers, even if all of them begin with digits.
+        let mut table = Table::new(&["ID", "AGE"]);
+        table.row(&["77c57b1e", "2.7s"]);
+        table.row(&["81915d84", "2m 5s"]);
+        assert!(table.render().starts_with("ID        "));
     }
 
     #[test]
