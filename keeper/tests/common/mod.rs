@@ -10,6 +10,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use belljar_keeper::client::{Client, Keeper, KeeperError};
 use belljar_keeper::v1::{self, error::Code, reply::Result as Answer, request::Call};
@@ -55,10 +56,19 @@ impl Place {
         .collect()
     }
 
+    /// Kills them; when it returns they do nothing any more.
     pub(crate) fn kill(&self) {
-        for pid in self.pids() {
-            let pid = rustix::process::Pid::from_raw(pid).unwrap();
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let pids = self.pids();
+            for pid in &pids {
+                let pid = rustix::process::Pid::from_raw(*pid).unwrap();
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+            if pids.is_empty() || Instant::now() > deadline {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 }

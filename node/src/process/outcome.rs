@@ -33,6 +33,15 @@ impl Outcome {
         Self::Ended { how, end }
     }
 
+    /// The limit passed: the agent ended the process, or did not answer any more.
+    pub(super) fn is_timed_out(&self) -> bool {
+        let how = match self {
+            Self::Ended { how, .. } => Some(how),
+            _ => None,
+        };
+        matches!(self, Self::TimedOut) || matches!(how, Some(How::TimedOut(_)))
+    }
+
     /// The exit status of a command line: the process's own, 128+n after a signal, 124 for the time limit,
     /// 125 if the end is not known, 0 for one that goes on.
     #[must_use]

@@ -320,9 +320,9 @@ impl Pump<'_, '_> {
     // ---- Time ----
 
     fn deadline(&self) -> Option<Instant> {
-        if self.outcome.is_some() {
-            // Only the reader of the output is waited for, and no time bounds that.
-            return None;
+        if let Some(outcome) = &self.outcome {
+            // Only the reader of the output is waited for, and no time bounds that, unless there was no more.
+            return self.end_by.filter(|_| outcome.is_timed_out());
         }
         let start = (!self.session.is_started()).then_some(self.start_by);
         let redial = self.stream.is_none().then(|| self.retry.next()).flatten();
@@ -334,11 +334,12 @@ impl Pump<'_, '_> {
     }
 
     fn overdue(&mut self) -> Result<Option<Outcome>, SessionError> {
-        if self.outcome.is_some() {
-            return Ok(None);
-        }
         let now = Instant::now();
         let passed = |limit: Option<Instant>| limit.is_some_and(|limit| now >= limit);
+        if let Some(outcome) = &self.outcome {
+            let is_over = outcome.is_timed_out() && passed(self.end_by);
+            return Ok(self.outcome.take_if(|_| is_over));
+        }
         if !self.session.is_started() && passed(Some(self.start_by)) {
             return Err(SessionError::NoAnswer(START_LIMIT));
         }

@@ -1,5 +1,5 @@
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
 use belljar_protocol::client::Connection;
@@ -330,6 +330,48 @@ fn a_reader_that_stops_does_not_defeat_the_limit() {
     let outcome = run(ExecSpec::default().session(), &dial, io, patience).unwrap();
     assert_eq!(outcome, Outcome::TimedOut);
     agent.join().unwrap();
+}
+
+/// A command that the agent ends, with output that is more than a pipe holds and is never read.
+fn ended_before_a_reader_that_stops(how: How, limit: Duration) -> mpsc::Receiver<Outcome> {
+    let (host, guest) = UnixStream::pair().unwrap();
+    host.set_nonblocking(true).unwrap();
+    let mut guest = Connection::new(guest);
+    started(&mut guest);
+    say(&mut guest, Output::Stdout(vec![b'x'; 100_000]));
+    let end = v1::End {
+        how: Some(how),
+        ..v1::End::default()
+    };
+    say(&mut guest, Output::End(end));
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        let (_reader, out) = io::pipe().unwrap();
+        let mut notice = |_: Notice<'_>| {};
+        let mut io = Io::new(out.as_fd(), out.as_fd(), &mut notice);
+        io.timeout = Some(limit);
+        let patience = Patience {
+            grace: Duration::ZERO,
+            ..Patience::default()
+        };
+        let dial = Once(Mutex::new(Some(host)));
+        let _ = sender.send(run(ExecSpec::default().session(), &dial, io, patience).unwrap());
+        drop(guest);
+    });
+    receiver
+}
+
+#[test]
+fn a_reader_that_stops_keeps_a_command_that_ended_but_not_beyond_its_limit() {
+    let timed_out = How::TimedOut(v1::TimedOut { killed: true });
+    let over = ended_before_a_reader_that_stops(timed_out, Duration::from_millis(1));
+    let outcome = over.recv_timeout(Duration::from_secs(30)).unwrap();
+    assert_eq!(outcome.exit_status(), 124);
+    // In time, and whoever pages through what it said may take any time for that.
+    let exited = How::Exited(v1::Exited { code: 0 });
+    let waits = ended_before_a_reader_that_stops(exited, Duration::from_millis(1));
+    let passed = AGENT_PATIENCE + Duration::from_millis(500);
+    assert!(waits.recv_timeout(passed).is_err());
 }
 
 #[test]
