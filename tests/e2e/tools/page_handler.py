@@ -43,6 +43,8 @@ listener.listen()
 print("ready", flush=True)
 connection, _ = listener.accept()
 message, descriptors, _, _ = socket.recv_fds(connection, 65536, 1)
+if not message:
+    raise SystemExit("the VMM has refused the load")
 regions = json.loads(message)
 (faults,) = descriptors
 print(json.dumps(regions), flush=True)

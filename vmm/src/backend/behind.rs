@@ -17,7 +17,8 @@ pub struct Child {
 }
 
 /// Does `work` in a child. There it must only compute and make system calls: other threads of this process
-/// may have held any lock, that of the allocator too, and do not exist in the child.
+/// may have held any lock, that of the allocator too, and do not exist in the child. Touching a page of guest RAM
+/// that cannot be had ends the child.
 ///
 /// The calling thread must live as long as the process: when it ends, the child is killed.
 pub fn begin(work: impl FnOnce() -> io::Result<u64>) -> io::Result<Child> {
@@ -34,6 +35,7 @@ pub fn begin(work: impl FnOnce() -> io::Result<u64>) -> io::Result<Child> {
             let _ = rustix::process::set_parent_process_death_signal(Some(
                 rustix::process::Signal::KILL,
             ));
+            crate::memory::broken::die_of_it();
             let orphan = rustix::process::getppid() != Some(parent);
             let done = if orphan {
                 Err(io::ErrorKind::Other.into())
@@ -61,9 +63,18 @@ impl Child {
     pub fn wait(self) -> io::Result<u64> {
         let mut answer = [0; 8];
         let read = File::from(self.result).read_exact(&mut answer);
-        while let Err(rustix::io::Errno::INTR) = waitpid(Some(self.pid), WaitOptions::empty()) {}
-        // It was killed: by the kernel when memory ran out, or by somebody.
-        read.map_err(|_| io::Error::other("the process that wrote it was killed"))?;
+        let ended = loop {
+            match waitpid(Some(self.pid), WaitOptions::empty()) {
+                Err(rustix::io::Errno::INTR) => {}
+                ended => break ended.ok().flatten(),
+            }
+        };
+        let signal = ended.and_then(|(_, status)| status.terminating_signal());
+        read.map_err(|_| match signal {
+            Some(libc::SIGBUS) => io::Error::other(crate::memory::broken::NOT_THERE),
+            // By the kernel when memory ran out, or by somebody.
+            _ => io::Error::other("the process that wrote it was killed"),
+        })?;
         let answer = i64::from_ne_bytes(answer);
         u64::try_from(answer)
             .map_err(|_| io::Error::from_raw_os_error(i32::try_from(-answer).unwrap_or(libc::EIO)))

@@ -42,8 +42,8 @@ pub enum Woke {
     Ended,
     /// Its end of the socket was closed.
     HungUp,
-    /// The other descriptor is readable.
-    Other,
+    /// The other descriptor with this number is readable.
+    Other(usize),
 }
 
 impl PageHandler {
@@ -101,28 +101,27 @@ impl PageHandler {
         }
     }
 
-    /// Waits for its end, or until `other` is readable.
-    pub fn wait(&self, other: BorrowedFd<'_>) -> io::Result<Woke> {
+    /// Waits for its end, or until one of `others` is readable.
+    pub fn wait(&self, others: &[BorrowedFd<'_>]) -> io::Result<Woke> {
         let ended = match &self.process {
             Some(process) => PollFd::new(process, PollFlags::IN),
             // What it might send is not read.
             None => PollFd::new(&self.socket, PollFlags::empty()),
         };
-        let mut fds = [ended, PollFd::from_borrowed_fd(other, PollFlags::IN)];
+        let others = others.iter();
+        let others = others.map(|other| PollFd::from_borrowed_fd(*other, PollFlags::IN));
+        let mut fds: Vec<_> = std::iter::once(ended).chain(others).collect();
         loop {
             match poll(&mut fds, None) {
                 Err(rustix::io::Errno::INTR) => continue,
                 done => done?,
             };
-            let [ended, other] = &fds;
-            if !ended.revents().is_empty() {
-                return Ok(match self.process {
-                    Some(_) => Woke::Ended,
-                    None => Woke::HungUp,
-                });
-            }
-            if !other.revents().is_empty() {
-                return Ok(Woke::Other);
+            let woke = fds.iter().position(|fd| !fd.revents().is_empty());
+            match (woke, &self.process) {
+                (None, _) => {}
+                (Some(0), Some(_)) => return Ok(Woke::Ended),
+                (Some(0), None) => return Ok(Woke::HungUp),
+                (Some(other), _) => return Ok(Woke::Other(other - 1)),
             }
         }
     }
@@ -176,9 +175,9 @@ mod tests {
         assert_eq!(&message, b"[]");
         let ready = never();
         rustix::io::write(&ready, &1u64.to_ne_bytes()).unwrap();
-        assert_eq!(handler.wait(ready.as_fd()).unwrap(), Woke::Other);
+        assert_eq!(handler.wait(&[ready.as_fd()]).unwrap(), Woke::Other(0));
         drop(theirs);
-        assert_eq!(handler.wait(never().as_fd()).unwrap(), Woke::HungUp);
+        assert_eq!(handler.wait(&[never().as_fd()]).unwrap(), Woke::HungUp);
         let broken = handler.hand_over(b"[]", file.as_fd());
         assert!(matches!(broken, Err(HandlerError::Send(_))), "{broken:?}");
     }
@@ -204,12 +203,12 @@ mod tests {
         let ready = never();
         rustix::io::write(&ready, &1u64.to_ne_bytes()).unwrap();
         assert_eq!(
-            handler.wait(ready.as_fd()).unwrap(),
-            Woke::Other,
+            handler.wait(&[never().as_fd(), ready.as_fd()]).unwrap(),
+            Woke::Other(1),
             "it lives"
         );
         child.kill().unwrap();
-        assert_eq!(handler.wait(never().as_fd()).unwrap(), Woke::Ended);
+        assert_eq!(handler.wait(&[never().as_fd()]).unwrap(), Woke::Ended);
         child.wait().unwrap();
     }
 

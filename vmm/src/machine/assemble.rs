@@ -208,7 +208,7 @@ impl Running {
 
 pub(super) struct Builder<'a> {
     pub(super) vm: &'a mut Vm,
-    memory: GuestMemory,
+    pub(super) memory: GuestMemory,
     bus: GuestBus,
     pub(super) devices: Vec<DeviceEvents>,
     windows: Vec<MmioDevice>,

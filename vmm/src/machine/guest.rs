@@ -23,6 +23,7 @@ use crate::virtio::console::ConsoleHandle;
 use crate::virtio::mmio::lock;
 
 use super::events::DeviceEvents;
+use super::faults::Watching;
 
 /// How long the vCPUs may take to leave guest mode. It does so at once, unless the host is
 /// in deep trouble.
@@ -44,6 +45,8 @@ pub(super) struct GuestMemory {
     pub(super) template: Option<File>,
     /// If another process brings its pages in.
     pub(super) faults: Option<Arc<Faults>>,
+    /// What ends the guest when that process has ended.
+    pub(super) watching: Option<Watching>,
     /// What the balloon took.
     pub(super) zeroed: Zeroed,
     /// What was written since the last snapshot. Shared with whoever still writes one.
@@ -57,6 +60,7 @@ impl GuestMemory {
             ram,
             template: None,
             faults: None,
+            watching: None,
             changes: Arc::new(Mutex::new(Changes::new(zeroed.clone()))),
             zeroed,
         }
@@ -81,6 +85,7 @@ impl GuestMemory {
             ram,
             template,
             faults: Some(faults),
+            watching: None,
             zeroed,
             changes: Arc::new(Mutex::new(changes)),
         })

@@ -116,12 +116,12 @@ impl Ram {
         }
     }
 
-    /// Maps it.
-    fn map(self, mib: u64, notifier: &Notifier, end_now: EndNow) -> Assembled<GuestMemory> {
+    /// Maps it. Also whom to ask for its pages, and that one's name.
+    fn map(self, mib: u64) -> Assembled<(GuestMemory, Option<(String, PageHandler)>)> {
         let (path, handler, template) = match self {
             Self::File(file) => {
                 let ram = Arc::new(template::map_file(&file, mib)?);
-                return Ok(GuestMemory::restored(ram, file));
+                return Ok((GuestMemory::restored(ram, file), None));
             }
             Self::Handled {
                 path,
@@ -134,7 +134,21 @@ impl Ram {
             None => memory::allocate(mib)?,
         });
         let faults = Faults::begin(&ram, template.is_none())?;
-        let regions = handled::regions(&ram);
+        let memory = GuestMemory::handled(ram, template, Arc::new(faults))?;
+        Ok((memory, Some((path, handler))))
+    }
+}
+
+/// Has the handler bring pages in from now on.
+fn hand_over(
+    memory: &mut GuestMemory,
+    path: String,
+    handler: PageHandler,
+    notifier: Notifier,
+    end_now: EndNow,
+) -> Assembled<()> {
+    if let Some(faults) = &memory.faults {
+        let regions = handled::regions(&memory.ram);
         let message = serde_json::to_vec(&regions).map_err(|e| AssembleError::Device {
             what: "regions of guest RAM",
             source: e.into(),
@@ -143,14 +157,15 @@ impl Ram {
             .hand_over(&message, faults.as_fd())
             .map_err(|source| AssembleError::Handler { path, source })?;
         // Before anything touches a page.
-        faults::watch(handler, regions, notifier.clone(), end_now).map_err(|source| {
+        let watching = faults::watch(handler, regions, notifier, end_now).map_err(|source| {
             AssembleError::Device {
                 what: "page-fault handler",
                 source,
             }
         })?;
-        Ok(GuestMemory::handled(ram, template, Arc::new(faults))?)
+        memory.watching = Some(watching);
     }
+    Ok(())
 }
 
 /// A file as long as RAM.
@@ -239,13 +254,18 @@ impl Snapshot {
             log_debug!("{what}: {} us into the load", started.elapsed().as_micros());
         };
         let mib = u64::from(saved.config.machine_config.mem_size_mib);
-        let memory = self.ram.map(mib, parts.notifier, end_now)?;
+        let (memory, handler) = self.ram.map(mib)?;
+        let notifier = parts.notifier.clone();
         let ram = Arc::clone(&memory.ram);
         if self.track {
             memory.watch()?;
         }
         let mut builder = Builder::new(&mut vm, memory, parts);
         let handles = builder.add_devices(&saved.serial)?;
+        // When all files are there: a load that is refused for one of them can be made again.
+        if let Some((path, handler)) = handler {
+            hand_over(&mut builder.memory, path, handler, notifier, end_now)?;
+        }
         stage("devices made");
         builder.vm.map_ram(&ram)?;
         let tsc_set = restore_vcpus(&vcpus, saved)?;

@@ -490,7 +490,8 @@ impl Machine {
         } = completed;
         self.completing = false;
         match outcome {
-            Ok(()) => self.take_request(request, reply),
+            // Unless the guest was reset meanwhile, it is complete.
+            Ok(()) => self.take_with_complete_ram(request, reply),
             Err(error) => reply.send(Err(Fault::from_error(error))),
         }
     }

@@ -13,6 +13,7 @@ use crate::config::{
 };
 use crate::kvm::{VcpuError, VmError};
 use crate::log_info;
+use crate::memory::broken;
 use crate::memory::changes::{Changes, Taken};
 use crate::memory::dump::{self, Contents, Extent, Plan};
 use crate::memory::working_set::WorkingSet;
@@ -238,7 +239,12 @@ impl Capture {
         let create = self.create.clone();
         let ram_failed = || failed("mem_file_path", &create.mem_file_path);
         let state_failed = || failed("snapshot_path", &create.snapshot_path);
-        let written = written.map_err(ram_failed())?;
+        // RAM is what is read from, so it is RAM that is missing.
+        let told = |error: io::Error| match error.raw_os_error() {
+            Some(libc::EFAULT) => io::Error::other(broken::NOT_THERE),
+            _ => error,
+        };
+        let written = written.map_err(told).map_err(ram_failed())?;
         let state = snapshot::encode(&self.saved)?;
         let mut out = self.files.state.file();
         out.write_all(&state).map_err(state_failed())?;

@@ -21,6 +21,8 @@ pub struct Changes {
     has_base: bool,
     /// Offsets in the memory file that were taken for a snapshot that failed.
     pending: RangeSet,
+    /// How often RAM became the template's again: what was taken before says nothing of what is there now.
+    resets: u64,
     zeroed: Zeroed,
 }
 
@@ -38,12 +40,16 @@ enum Watch {
 
 /// What changed, as offsets in the memory file. Must be given back with [`Changes::finish`].
 #[must_use]
-pub struct Taken(Option<RangeSet>);
+pub struct Taken {
+    changed: Option<RangeSet>,
+    /// [`Changes::resets`] then.
+    resets: u64,
+}
 
 impl Taken {
     /// `None`: it is not known, so everything that is the guest's own.
     pub fn ranges(&self) -> Option<&RangeSet> {
-        self.0.as_ref()
+        self.changed.as_ref()
     }
 }
 
@@ -53,6 +59,7 @@ impl Changes {
             watch: Watch::NotYet,
             has_base: false,
             pending: RangeSet::default(),
+            resets: 0,
             zeroed,
         }
     }
@@ -147,8 +154,12 @@ impl Changes {
     pub fn take(&mut self, ram: &GuestRam) -> io::Result<Taken> {
         let recent = self.zeroed.take_recent();
         self.begin()?;
+        let resets = self.resets;
         let Watch::On { pagemap, .. } = &self.watch else {
-            return Ok(Taken(None));
+            return Ok(Taken {
+                changed: None,
+                resets,
+            });
         };
         let mut changed = std::mem::take(&mut self.pending);
         let mut base = 0;
@@ -164,18 +175,25 @@ impl Changes {
             }
             base += slot.len;
         }
-        Ok(Taken(self.has_base.then_some(changed)))
+        Ok(Taken {
+            changed: self.has_base.then_some(changed),
+            resets,
+        })
     }
 
-    /// RAM is the template's again.
+    /// RAM is the template's again. A snapshot that is still being written is nothing to build on.
     pub fn forget(&mut self) {
+        self.resets = self.resets.wrapping_add(1);
         self.has_base = false;
         self.pending = RangeSet::default();
     }
 
     /// Says what became of the snapshot.
     pub fn finish(&mut self, taken: Taken, worked: bool) {
-        match (taken.0, worked) {
+        if taken.resets != self.resets {
+            return;
+        }
+        match (taken.changed, worked) {
             (_, true) => self.has_base = matches!(self.watch, Watch::On { .. }),
             (Some(ranges), false) => ranges.iter().for_each(|range| self.pending.insert(range)),
             // There is still nothing to build on.
@@ -193,7 +211,7 @@ mod tests {
 
     use super::super::allocate;
     use super::super::discard::GuestPages;
-    use super::super::template::{TemplatePages, map_file};
+    use super::super::template::{TemplatePages, go_back, map_file};
     use super::*;
 
     const PAGE: u64 = 4096;
@@ -246,6 +264,29 @@ mod tests {
             read(5);
             assert_eq!(pages(&mut changes, &ram, true), Some(vec![]));
         }
+    }
+
+    #[test]
+    fn a_snapshot_that_was_under_way_at_a_reset_is_no_base() {
+        if !is_possible() {
+            return;
+        }
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(32 << 20).unwrap();
+        let ram = map_file(&file, 32).unwrap();
+        let zeroed = Zeroed::default();
+        let mut changes = Changes::new(zeroed.clone());
+        ram.write_obj(1u8, GuestAddress(0x4000)).unwrap();
+        let taken = changes.take(&ram).unwrap();
+        go_back(&ram, &file, &zeroed, None).unwrap();
+        changes.forget();
+        changes.finish(taken, true);
+        // Page 4 has changed since that snapshot, and no scan would tell.
+        assert_eq!(pages(&mut changes, &ram, true), None);
+        let taken = changes.take(&ram).unwrap();
+        changes.forget();
+        changes.finish(taken, false);
+        assert_eq!(pages(&mut changes, &ram, true), None);
     }
 
     #[test]

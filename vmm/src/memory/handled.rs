@@ -6,12 +6,12 @@
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::Serialize;
 
 use super::ranges::RangeSet;
+use super::template::Zeroed;
 use super::userfault::{Userfault, Watch};
 use super::{GuestRam, MemoryError, Slot, slots};
 
@@ -54,8 +54,15 @@ pub fn regions(ram: &GuestRam) -> Vec<Region> {
 /// The faults of a guest's RAM.
 pub struct Faults {
     fault: Arc<Userfault>,
+    progress: Mutex<Progress>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Progress {
     /// Nothing can be missing any more.
-    complete: AtomicBool,
+    is_complete: bool,
+    /// How often RAM became the template's again.
+    resets: u64,
 }
 
 impl Faults {
@@ -70,7 +77,7 @@ impl Faults {
         }
         Ok(Self {
             fault: Arc::new(fault),
-            complete: AtomicBool::new(false),
+            progress: Mutex::default(),
         })
     }
 
@@ -84,12 +91,25 @@ impl Faults {
     }
 
     pub fn is_complete(&self) -> bool {
-        self.complete.load(Ordering::Acquire)
+        self.progress().is_complete
     }
 
-    /// Has every page brought in, however long the handler takes. The guest may run. `zeroed`: guest-physical
-    /// ranges that are missing because they were given back.
-    pub fn complete(&self, ram: &GuestRam, zeroed: &RangeSet) -> Result<(), MemoryError> {
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// RAM is the template's again: also where the guest had given pages back, which nobody ever brought in.
+    pub(super) fn begin_again(&self) {
+        let mut progress = self.progress();
+        progress.is_complete = false;
+        progress.resets = progress.resets.wrapping_add(1);
+    }
+
+    /// Has every page brought in, however long the handler takes. The guest may run. What became zero because it
+    /// was given back is left out. If RAM is reset meanwhile, it is not complete afterwards.
+    pub fn complete(&self, ram: &GuestRam, zeroed: &Zeroed) -> Result<(), MemoryError> {
+        let before = self.progress().resets;
+        let zeroed = zeroed.get();
         let mut base = 0;
         for slot in slots(ram) {
             let mut wanted = RangeSet::default();
@@ -108,7 +128,8 @@ impl Faults {
             }
             base += slot.len;
         }
-        self.complete.store(true, Ordering::Release);
+        let mut progress = self.progress();
+        progress.is_complete = progress.resets == before;
         Ok(())
     }
 }
@@ -138,4 +159,39 @@ fn bring_in(slot: &Slot, range: Range<u64>) -> Result<(), (u64, io::Error)> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddress;
+
+    use super::super::discard::GuestPages;
+    use super::super::template::{TemplatePages, go_back, map_file};
+    use super::*;
+
+    #[test]
+    fn after_a_reset_what_the_guest_had_given_back_is_missing_again() {
+        let file = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let file = std::fs::File::from(file);
+        file.set_len(32 << 20).unwrap();
+        // All is there, so that nobody needs to answer.
+        std::os::unix::fs::FileExt::write_all_at(&file, &vec![7; 32 << 20], 0).unwrap();
+        let ram = map_file(&file, 32).unwrap();
+        let Ok(faults) = Faults::begin(&ram, false) else {
+            eprintln!("skipped: no rights to /dev/userfaultfd");
+            return;
+        };
+        let zeroed = Zeroed::default();
+        let mut pages = TemplatePages::new(zeroed.clone());
+        pages.discard(&ram, 0x3000..0x5000).unwrap();
+        faults.complete(&ram, &zeroed).unwrap();
+        assert!(faults.is_complete());
+        go_back(&ram, &file, &zeroed, Some(&faults)).unwrap();
+        // Pages 3 and 4 may be missing in the template: nobody has asked for them.
+        assert!(!faults.is_complete());
+        let byte: u8 = vm_memory::Bytes::read_obj(&ram, GuestAddress(0x3000)).unwrap();
+        assert_eq!(byte, 7);
+        faults.complete(&ram, &zeroed).unwrap();
+        assert!(faults.is_complete());
+    }
 }

@@ -114,6 +114,9 @@ pub fn go_back(
         offset += slot.len;
     }
     *ranges = Ranges::default();
+    if let Some(faults) = faults {
+        faults.begin_again();
+    }
     Ok(())
 }
 

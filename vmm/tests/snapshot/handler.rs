@@ -255,6 +255,19 @@ fn a_page_that_cannot_be_had_ends_the_guest() {
         "{refused:?}"
     );
     assert!(!dir.join("m").exists());
+    // From now on it may be one that the guest had, as far as the kernel tells: it is told, whoever writes.
+    for resume in ["false", "true"] {
+        let body = format!(
+            r#"{{"snapshot_type": "Diff", "snapshot_path": "s", "mem_file_path": "m{resume}", "resume_vm": {resume}}}"#
+        );
+        let refused = vmm.call("PUT", "/snapshot/create", &body);
+        assert!(
+            refused.refused().contains("RAM cannot be had"),
+            "{refused:?}"
+        );
+        assert!(!dir.join(format!("m{resume}")).exists());
+        vmm.patch(PAUSE);
+    }
     vmm.patch(RESUME);
     wait_for(&dir.join("out3"), 800);
     vmm.kill();
@@ -297,6 +310,32 @@ fn what_is_no_handler_is_refused_and_the_load_can_be_made_again() {
     assert!(load(r#""backend_path": "handler""#).body.is_empty());
     wait_for(&dir.join("out2"), 800);
     vmm.kill();
+    check(dir, &["out1", "out2"]);
+}
+
+#[test]
+fn a_load_that_is_refused_for_a_drive_can_be_made_again_with_another_handler() {
+    if !is_possible() {
+        return;
+    }
+    let dir = saved();
+    let dir = dir.path();
+    let vmm = Vmm::start(dir, &[]);
+    vmm.put("/serial", r#"{"serial_out_path": "out2"}"#);
+    let mut first = Handler::start(dir, &[]);
+    let with_drive = LOAD.replacen(
+        '{',
+        r#"{"drive_overrides": [{"drive_id": "disk", "path_on_host": "gone"}], "#,
+        1,
+    );
+    let refused = vmm.call("PUT", "/snapshot/load", &with_drive);
+    assert!(refused.refused().contains("gone"), "{refused:?}");
+    let _second = Handler::start(dir, &[]);
+    vmm.put("/snapshot/load", LOAD);
+    // The guest is not the first one's.
+    first.kill();
+    wait_for(&dir.join("out2"), 4000);
+    vmm.patch(PAUSE);
     check(dir, &["out1", "out2"]);
 }
 
