@@ -237,6 +237,8 @@ impl Drop for User {
 /// A command under way, its output being collected.
 #[derive(Debug)]
 pub struct Running {
+    /// What it is called with, and since when it runs, if the commands' times are asked for.
+    timed: Option<(String, Instant)>,
     pub child: Child,
     out: Collector,
     err: Collector,
@@ -250,7 +252,16 @@ impl Running {
         let mut child = command.spawn().expect("belljar can be started");
         let out = Collector::start(child.stdout.take());
         let err = Collector::start(child.stderr.take());
-        Self { child, out, err }
+        let timed = std::env::var_os("BELLJAR_E2E_TIMES").map(|_| {
+            let words: Vec<_> = command.get_args().map(OsStr::to_string_lossy).collect();
+            (words.join(" ").chars().take(100).collect(), Instant::now())
+        });
+        Self {
+            timed,
+            child,
+            out,
+            err,
+        }
     }
 
     /// What it has printed by now.
@@ -291,6 +302,9 @@ impl Running {
             thread::sleep(Duration::from_millis(5));
         };
         drop(stdin);
+        if let Some((what, begin)) = &self.timed {
+            eprintln!("{:8.3} s: {what}", begin.elapsed().as_secs_f64());
+        }
         assert!(
             status.signal().is_none() || status.signal() == Some(9),
             "belljar was ended by a signal: {status}"
