@@ -8,7 +8,7 @@
 //! | --- | --- |
 //! | `lock` | locked (flock) by the keeper that runs |
 //! | `keeper.sock` | where it listens |
-//! | `keeper.log` | what it had to say; begun anew when it is long |
+//! | `keeper.log` | what it had to say; begun anew when it is long, and the one before is `keeper.log.old` |
 //! | `store/` | the store, see `docs/snapshot-format.md` |
 //! | `templates/ID.memory`, `ID.disk` | complete images of snapshot ID, sparse, read-only, each with a record `.ok`: a cache |
 //! | `touched/ID` | which pages the guests of snapshot ID needed first: a hint |
@@ -24,6 +24,15 @@ pub mod wire;
 #[allow(clippy::all, clippy::pedantic, unreachable_pub, missing_docs)]
 pub mod v1 {
     include!(concat!(env!("OUT_DIR"), "/belljar.keeper.v1.rs"));
+}
+
+/// When a file was last changed in any way (ctime), in nanoseconds: as [`v1::BaseFile`] tells it. Nobody can set it
+/// back but by setting the machine's clock.
+#[must_use]
+pub fn changed_ns(metadata: &std::fs::Metadata) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let changed = i128::from(metadata.ctime()) * 1_000_000_000 + i128::from(metadata.ctime_nsec());
+    u64::try_from(changed).unwrap_or(0)
 }
 
 /// Version of the protocol; both sides are installed together.

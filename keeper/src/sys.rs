@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::Path;
 
 const PAGE: u64 = 4096;
 const UFFD_API: u64 = 0xaa;
@@ -43,10 +44,22 @@ impl AsFd for Userfault {
     }
 }
 
-impl From<OwnedFd> for Userfault {
-    /// Of another process, which has done the handshake.
-    fn from(fd: OwnedFd) -> Self {
-        Self(fd)
+/// How often a request is repeated that the kernel puts off. It does so for as long as an event waits to be read
+/// that this process has not asked for: whoever made the descriptor could make it wait for ever.
+const ATTEMPTS: u32 = 1000;
+
+impl TryFrom<OwnedFd> for Userfault {
+    type Error = io::Error;
+
+    /// Of another process, which has done the handshake and is not trusted.
+    fn try_from(fd: OwnedFd) -> io::Result<Self> {
+        let what = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+        if what != Path::new("anon_inode:[userfaultfd]") {
+            return Err(io::Error::other("a descriptor is no userfaultfd"));
+        }
+        // Reading must not wait, whoever else reads.
+        rustix::io::ioctl_fionbio(&fd, true)?;
+        Ok(Self(fd))
     }
 }
 
@@ -81,6 +94,23 @@ impl Userfault {
             return Ok(());
         }
         Err(io::Error::last_os_error())
+    }
+
+    /// A request that is repeated while the kernel puts it off.
+    fn request_again<const N: usize>(
+        &self,
+        request: libc::c_ulong,
+        words: &mut Words<N>,
+    ) -> io::Result<()> {
+        for _ in 1..ATTEMPTS {
+            match self.request(request, words) {
+                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {
+                    std::thread::yield_now();
+                }
+                other => return other,
+            }
+        }
+        self.request(request, words)
     }
 
     /// The next faults that wait; none if it would wait for one.
@@ -120,12 +150,9 @@ impl Userfault {
     pub(crate) fn zero_page(&self, address: u64) -> io::Result<()> {
         static ZEROS: [u8; 4096] = [0; 4096];
         let mut words = [address, ZEROS.as_ptr() as u64, PAGE, 0, 0];
-        loop {
-            match self.request(UFFDIO_COPY, &mut words) {
-                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {}
-                Err(error) if error.raw_os_error() == Some(libc::EEXIST) => break,
-                other => return other,
-            }
+        match self.request_again(UFFDIO_COPY, &mut words) {
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {}
+            other => return other,
         }
         self.wake(&(address..address.saturating_add(PAGE)))
     }
@@ -137,23 +164,19 @@ impl Userfault {
 
     /// The same with one page, for sure: it is an error if there is something already.
     pub(crate) fn poison_page(&self, address: u64) -> io::Result<()> {
-        let mut words = [address, PAGE, 0, 0];
-        loop {
-            match self.request(UFFDIO_POISON, &mut words) {
-                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {}
-                other => return other,
-            }
-        }
+        self.request_again(UFFDIO_POISON, &mut [address, PAGE, 0, 0])
     }
 
     /// A request with range, mode and the bytes done.
     fn each_page(&self, request: libc::c_ulong, range: &Range<u64>) -> io::Result<()> {
-        let mut at = range.start;
-        while at < range.end {
+        let (mut at, mut put_off) = (range.start, 0);
+        while at < range.end && put_off < ATTEMPTS {
             let mut words = [at, range.end - at, 0, 0];
             let failed = self.request(request, &mut words).err();
             let [.., done] = words;
+            let before = at;
             at = next(at, failed, done)?;
+            put_off = if at > before { 0 } else { put_off + 1 };
         }
         self.wake(range)
     }
@@ -246,5 +269,69 @@ impl Drop for Filling {
     fn drop(&mut self) {
         // SAFETY: it was mapped by `new`, and nothing refers to it.
         unsafe { libc::munmap(self.start as *mut libc::c_void, self.length) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_userfaultfd_is_one() {
+        let file = tempfile::tempfile().unwrap();
+        assert!(Userfault::try_from(OwnedFd::from(file)).is_err());
+        let (pipe, _other) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        assert!(Userfault::try_from(pipe).is_err());
+        let Ok(own) = Userfault::own() else { return };
+        let mut own = Userfault::try_from(own.0).unwrap();
+        assert_eq!(own.faults().unwrap(), []);
+        own = Userfault::try_from(own.0).unwrap();
+        assert_eq!(own.faults().unwrap(), []);
+    }
+
+    #[test]
+    fn who_puts_every_request_off_is_given_up() {
+        const REMOVALS: u64 = 1 << 3;
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
+        // SAFETY: the argument is a number.
+        let made = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+        if made < 0 {
+            eprintln!("skipped: no userfaultfd");
+            return;
+        }
+        // SAFETY: the kernel has just made it for us.
+        let fault = Userfault(unsafe { OwnedFd::from_raw_fd(made as i32) });
+        fault
+            .request(UFFDIO_API, &mut [UFFD_API, REMOVALS, 0])
+            .unwrap();
+        // SAFETY: a new mapping at an address that the kernel chooses.
+        let start = unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            let rights = libc::PROT_READ | libc::PROT_WRITE;
+            libc::mmap(std::ptr::null_mut(), 16 << 12, rights, flags, -1, 0)
+        } as u64;
+        fault
+            .request(UFFDIO_REGISTER, &mut [start, 16 << 12, MODE_MISSING, 0])
+            .unwrap();
+        fault.zero_page(start).unwrap();
+        // It waits until its event is read, and until then nothing is given.
+        let removing = std::thread::spawn(move || {
+            // SAFETY: the range lies in the mapping, and nothing refers to it.
+            unsafe { libc::madvise(start as *mut libc::c_void, 4096, libc::MADV_DONTNEED) }
+        });
+        let mut set = [rustix::event::PollFd::new(
+            &fault.0,
+            rustix::event::PollFlags::IN,
+        )];
+        rustix::event::poll(&mut set, None).unwrap();
+        let page = start + 4096;
+        for answer in [fault.zero_page(page), fault.poison_page(page)] {
+            let error = answer.unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EAGAIN), "{error}");
+        }
+        fault.zero(&(page..page + 8192)).unwrap();
+        assert_eq!(fault.faults().unwrap(), [], "a removal is no fault");
+        assert_eq!(removing.join().unwrap(), 0);
+        fault.zero_page(page).unwrap();
     }
 }

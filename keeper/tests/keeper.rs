@@ -161,6 +161,8 @@ fn a_base_image_must_be_there_with_its_content() {
         path: path(&image),
         device: metadata.dev(),
         inode: metadata.ino(),
+        bytes: metadata.len(),
+        changed: belljar_keeper::changed_ns(&metadata),
     };
     // Another file had this name when the sandbox began.
     let call = v1::Keep {

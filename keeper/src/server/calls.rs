@@ -4,12 +4,14 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, Seek, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
 use belljar_store::{Imported, Reader, Snapshot, SnapshotId};
 use rustix::fs::SealFlags;
 
+use super::attended::Attended;
 use super::capture::{ARCHITECTURE, sealable};
 use super::names::{io_error, refusal, snapshot};
 use super::session::Answered;
@@ -32,6 +34,7 @@ pub(super) fn answer(
     shared: &Arc<Shared>,
     call: Call,
     descriptors: Vec<OwnedFd>,
+    caller: Option<UnixStream>,
     meanwhile: &mut dyn FnMut(Answer) -> bool,
 ) -> Answered {
     let plain = |answer| Ok((answer, Vec::new()));
@@ -61,8 +64,8 @@ pub(super) fn answer(
             }
             plain(Answer::Done(v1::Done {}))
         }
-        Call::Export(call) => export(shared, &call, descriptors, meanwhile),
-        Call::Import(call) => import(shared, &call, descriptors, meanwhile),
+        Call::Export(call) => export(shared, &call, attended(descriptors, caller), meanwhile),
+        Call::Import(call) => import(shared, &call, attended(descriptors, caller), meanwhile),
         Call::Ping(_) | Call::Begin(_) | Call::Keep(_) | Call::Settle(_) => {
             Err(refusal(Code::Invalid, "this call belongs to a capture"))
         }
@@ -336,12 +339,22 @@ impl From<io::Error> for Refused {
     }
 }
 
+/// Makes templates durable. If the snapshot was removed meanwhile, they go, too.
+pub(super) fn settle(shared: &Shared, id: SnapshotId) {
+    shared.templates.settle(id);
+    let found = shared.store.find(&id.to_string());
+    if matches!(found, Err(belljar_store::Error::NoSnapshot(_))) {
+        shared.templates.remove(id);
+        touched::remove(&shared.touched, id);
+    }
+}
+
 /// Makes templates durable behind the answer.
 fn settle_later(shared: &Arc<Shared>, id: SnapshotId) {
     let busy = Busy::begin(shared);
     let made = std::thread::Builder::new()
         .name("settle".to_owned())
-        .spawn(move || busy.shared().templates.settle(id));
+        .spawn(move || settle(busy.shared(), id));
     if let Err(error) = made {
         log::line(&format!("a template is not kept: {error}"));
     }
@@ -484,10 +497,13 @@ fn collect(shared: &Shared, call: &v1::Collect) -> Answered {
     Ok((Answer::Collected(answer), Vec::new()))
 }
 
-fn file(descriptors: Vec<OwnedFd>) -> Result<File, v1::Error> {
+/// The one descriptor of a call, for as long as there is somebody who wants it read or written.
+fn attended(descriptors: Vec<OwnedFd>, caller: Option<UnixStream>) -> Result<Attended, v1::Error> {
     let mut descriptors = descriptors.into_iter();
-    match (descriptors.next(), descriptors.next()) {
-        (Some(one), None) => Ok(one.into()),
+    match (descriptors.next(), descriptors.next(), caller) {
+        (Some(one), None, Some(caller)) => {
+            Attended::new(one.into(), caller).map_err(io_error("use the descriptor of this call"))
+        }
         _ => Err(refusal(
             Code::Invalid,
             "one descriptor belongs to this call",
@@ -498,10 +514,10 @@ fn file(descriptors: Vec<OwnedFd>) -> Result<File, v1::Error> {
 fn export(
     shared: &Shared,
     call: &v1::Export,
-    descriptors: Vec<OwnedFd>,
+    out: Result<Attended, v1::Error>,
     meanwhile: &mut dyn FnMut(Answer) -> bool,
 ) -> Answered {
-    let mut out = io::BufWriter::with_capacity(1 << 20, file(descriptors)?);
+    let mut out = io::BufWriter::with_capacity(1 << 20, out?);
     let id = find(shared, &call.snapshot)?;
     shared
         .store
@@ -516,7 +532,7 @@ fn export(
 fn import(
     shared: &Shared,
     call: &v1::Import,
-    descriptors: Vec<OwnedFd>,
+    stream: Result<Attended, v1::Error>,
     meanwhile: &mut dyn FnMut(Answer) -> bool,
 ) -> Answered {
     if !call.received_of.is_empty() {
@@ -531,7 +547,7 @@ fn import(
         };
         return Ok((Answer::Imported(answer), Vec::new()));
     }
-    let mut stream = io::BufReader::with_capacity(1 << 20, file(descriptors)?);
+    let mut stream = io::BufReader::with_capacity(1 << 20, stream?);
     let imported = shared.store.import(&mut stream, |done, total| {
         if done % 64 == 0 {
             let _ = meanwhile(progress(done, total));

@@ -86,7 +86,7 @@ pub(super) struct Files {
 pub(super) fn files(shared: &Shared, begin: &v1::Begin) -> Result<Files, v1::Error> {
     let wanted = begin.expected_bytes.saturating_add(RESERVE);
     if begin.in_memory {
-        enough_memory(wanted)?;
+        enough_memory(wanted, "the clones'")?;
     }
     let free = shared.templates.make_room(wanted);
     if free < wanted {
@@ -119,25 +119,28 @@ pub(super) fn sealable(name: &str) -> io::Result<File> {
     Ok(rustix::fs::memfd_create(name, flags)?.into())
 }
 
-/// What is in no file needs memory.
-fn enough_memory(wanted: u64) -> Result<(), v1::Error> {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|line| line.split_ascii_whitespace().next()?.parse::<u64>().ok());
-    let free = kib.map_or(u64::MAX, |kib| kib.saturating_mul(1024));
+/// What is in no file needs memory; `whose` it is.
+pub(super) fn enough_memory(wanted: u64, whose: &str) -> Result<(), v1::Error> {
+    let free = memory("MemAvailable:").unwrap_or(u64::MAX);
     if free >= wanted {
         return Ok(());
     }
     Err(refusal(
         Code::NoMemory,
         format!(
-            "{} MiB of this machine's memory are free, and the clones' may take {} MiB",
+            "{} MiB of this machine's memory are free, and {whose} may take {} MiB",
             free >> 20,
             wanted >> 20
         ),
     ))
+}
+
+/// Bytes of this machine's memory, by their name in `/proc/meminfo`.
+pub(super) fn memory(name: &str) -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    let kib: u64 = line.split_ascii_whitespace().next()?.parse().ok()?;
+    Some(kib.saturating_mul(1024))
 }
 
 /// The snapshot that memory may be an increment of, if its memory is still here and whole.
@@ -269,7 +272,7 @@ pub(super) fn keep(busy: Busy, files: Files, keep: v1::Keep) -> Result<Storing, 
             calls::fill_ahead(shared, id, *part, &turn);
             drop(turn);
         }
-        shared.templates.settle(id);
+        calls::settle(shared, id);
     };
     let made = std::thread::Builder::new()
         .name("capture".to_owned())

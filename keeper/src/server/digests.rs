@@ -6,16 +6,20 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{Mode, OFlags};
 
 use super::locked;
+use crate::changed_ns;
 use crate::v1::BaseFile;
 
 /// Which file, in which state: device, inode, bytes, change time in nanoseconds.
 type Key = [u64; 4];
 /// More are not remembered.
 const MOST: usize = 1024;
+/// Two changes within this time may bear the same time: what was changed just now is not remembered.
+const GRAIN: Duration = Duration::from_millis(100);
 
 /// What is known of files.
 pub(crate) struct Digests {
@@ -44,7 +48,7 @@ impl Digests {
     /// BLAKE3 of a file that is used, as lower-case hexadecimal.
     ///
     /// # Errors
-    /// It cannot be read; another one has its name now.
+    /// It cannot be read; another one has its name now; it was changed.
     pub(super) fn of_used(&self, used: &BaseFile) -> io::Result<String> {
         let file = open(Path::new(&used.path))?;
         let metadata = file.metadata()?;
@@ -53,7 +57,20 @@ impl Digests {
                 "the file was replaced by another one while it was in use",
             ));
         }
-        self.of_open(&file)
+        let changed = || {
+            io::Error::other(
+                "the file was changed while it was in use: the guest may have seen some of either content",
+            )
+        };
+        let as_opened = [used.device, used.inode, used.bytes, used.changed];
+        if used.changed != 0 && key(&file)? != as_opened {
+            return Err(changed());
+        }
+        let digest = self.of_open(&file)?;
+        if used.changed != 0 && key(&file)? != as_opened {
+            return Err(changed());
+        }
+        Ok(digest)
     }
 
     fn of_open(&self, file: &File) -> io::Result<String> {
@@ -61,11 +78,14 @@ impl Digests {
         if let Some(known) = locked(&self.known).get(&key) {
             return Ok(known.clone());
         }
+        let [.., changed] = key;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let is_settled = now.is_ok_and(|now| now > Duration::from_nanos(changed) + GRAIN);
         let mut hasher = blake3::Hasher::new();
         io::copy(&mut &*file, &mut hasher)?;
         let digest = hasher.finalize().to_hex().to_string();
         // Changed while it was read: right for now, and not remembered.
-        if self::key(file)? == key {
+        if is_settled && self::key(file)? == key {
             let mut known = locked(&self.known);
             if known.len() >= MOST {
                 known.clear();
@@ -102,12 +122,11 @@ fn open(path: &Path) -> io::Result<File> {
 
 fn key(file: &File) -> io::Result<Key> {
     let metadata = file.metadata()?;
-    let changed = i128::from(metadata.ctime()) * 1_000_000_000 + i128::from(metadata.ctime_nsec());
     Ok([
         metadata.dev(),
         metadata.ino(),
         metadata.len(),
-        u64::try_from(changed).unwrap_or(0),
+        changed_ns(&metadata),
     ])
 }
 
@@ -134,9 +153,20 @@ mod tests {
             path: path.to_string_lossy().into_owned(),
             device: metadata.dev(),
             inode: metadata.ino(),
+            bytes: metadata.len(),
+            changed: changed_ns(&metadata),
         };
         let digests = Digests::load(&dir.path().join("digests"));
         digests.of_used(&used).unwrap();
+        // The same file, with the same length and time of writing.
+        let file = File::options().write(true).open(&path).unwrap();
+        std::thread::sleep(Duration::from_millis(15));
+        std::os::unix::fs::FileExt::write_all_at(&file, b"two", 0).unwrap();
+        file.set_modified(metadata.modified().unwrap()).unwrap();
+        let error = digests.of_used(&used).unwrap_err();
+        assert!(error.to_string().contains("was changed"), "{error}");
+        let two = digests.of(&path).unwrap();
+        assert_eq!(two, blake3::hash(b"two").to_hex().to_string());
         std::fs::write(&new, b"one").unwrap();
         std::fs::rename(&new, &path).unwrap();
         let error = digests.of_used(&used).unwrap_err();
@@ -149,6 +179,13 @@ mod tests {
         let (file, cache) = (dir.path().join("image"), dir.path().join("digests"));
         std::fs::write(&file, b"one").unwrap();
         let digests = Digests::load(&cache);
+        digests.of(&file).unwrap();
+        assert_eq!(
+            Digests::load(&cache).known.lock().unwrap().len(),
+            0,
+            "it may yet change without a trace"
+        );
+        std::thread::sleep(GRAIN * 2);
         let one = digests.of(&file).unwrap();
         assert_eq!(one, blake3::hash(b"one").to_hex().to_string());
         assert_eq!(Digests::load(&cache).known.lock().unwrap().len(), 1);

@@ -21,7 +21,7 @@ use belljar_store::{PAGE, Reader, SnapshotId};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{SealFlags, fcntl_add_seals};
 
-use super::capture::sealable;
+use super::capture::{enough_memory, memory, sealable};
 use super::regions::{Regions, receive};
 use super::templates::{Part, read_only};
 use super::touched::Touched;
@@ -66,6 +66,17 @@ impl Lazies {
     ) -> Result<(File, OwnedFd), v1::Error> {
         let failed = super::names::io_error("fill memory while the guest runs");
         let id = reader.manifest().id;
+        let image = reader.image(images::MEMORY)?;
+        if !locked(&self.0).contains_key(&id) {
+            let data = image.data_pages().saturating_mul(PAGE);
+            enough_memory(data, "memory that is filled while the guest runs")?;
+            // Something is kept for each block, and a snapshot may say that it is larger than any machine.
+            let all = memory("MemTotal:").zip(memory("SwapTotal:"));
+            if all.is_some_and(|(memory, swap)| image.length > memory.saturating_add(swap)) {
+                let message = "it has more memory than this machine";
+                return Err(super::names::refusal(v1::error::Code::NoMemory, message));
+            }
+        }
         let opened = || -> io::Result<(File, OwnedFd)> {
             let mut all = locked(&self.0);
             let lazy = match all.get(&id) {
@@ -248,8 +259,9 @@ fn serve(lazy: &Lazy, socket: &UnixStream, busy: &Busy) {
             "the faults of a guest of snapshot {id} are not served any more, which stops it: {error}"
         ));
     }
-    let touched = locked(&lazy.touched);
-    touched.save(&busy.shared().touched, lazy.reader.manifest().id);
+    let (shared, id) = (busy.shared(), lazy.reader.manifest().id);
+    // While it is read here, nobody can remove the snapshot.
+    locked(&lazy.touched).save(&shared.touched, id);
 }
 
 fn try_serve(lazy: &Lazy, socket: &UnixStream) -> io::Result<()> {
@@ -257,7 +269,7 @@ fn try_serve(lazy: &Lazy, socket: &UnixStream) -> io::Result<()> {
     let Some((regions, userfault)) = receive(socket, lazy.length)? else {
         return Ok(());
     };
-    let userfault = Userfault::from(userfault);
+    let userfault = Userfault::try_from(userfault)?;
     loop {
         let mut set = [
             PollFd::new(&userfault, PollFlags::IN),
@@ -304,7 +316,7 @@ fn fill_behind(shared: &Arc<Shared>, lazy: &Arc<Lazy>) -> io::Result<()> {
         }
         // Who comes now finds the template, or begins again.
         shared.lazies.forget(id);
-        shared.templates.settle(id);
+        calls::settle(shared, id);
     };
     std::thread::Builder::new()
         .name("fill".to_owned())

@@ -8,21 +8,25 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use super::locked;
 
 const LOG: &str = "keeper.log";
+/// What came before, where it became too long.
+const BEFORE: &str = "keeper.log.old";
 /// A longer one is begun anew.
 const LONGEST: u64 = 256 << 10;
+/// Longest line.
+const LONGEST_LINE: usize = 4 << 10;
 
 static FILE: Mutex<Option<File>> = Mutex::new(None);
 
 /// Opens the file in the working directory.
 pub(super) fn begin() {
-    let long = std::fs::metadata(LOG).is_ok_and(|metadata| metadata.len() > LONGEST);
-    let file = File::options()
-        .create(true)
-        .append(!long)
-        .write(true)
-        .truncate(long)
-        .open(LOG);
-    *locked(&FILE) = file.ok();
+    *locked(&FILE) = open();
+}
+
+fn open() -> Option<File> {
+    if std::fs::metadata(LOG).is_ok_and(|metadata| metadata.len() > LONGEST) {
+        let _ = std::fs::rename(LOG, BEFORE);
+    }
+    File::options().create(true).append(true).open(LOG).ok()
 }
 
 /// Adds a line.
@@ -30,9 +34,15 @@ pub(super) fn line(text: &str) {
     let seconds = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |time| time.as_secs());
-    if let Some(file) = &mut *locked(&FILE) {
+    let mut log = locked(&FILE);
+    if let Some(file) = &mut *log {
         let text = text.replace('\n', " ");
+        let text = text.get(..text.floor_char_boundary(LONGEST_LINE));
         // Nobody to tell if the disk is full.
-        let _ = writeln!(file, "{seconds} {text}");
+        let _ = writeln!(file, "{seconds} {}", text.unwrap_or_default());
+        // A guest can make it say the same for ever.
+        if file.metadata().is_ok_and(|is| is.len() > LONGEST) {
+            *log = open();
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! The keeper's process: one for each directory, gone when nobody has needed it for a while.
 
+mod attended;
 mod calls;
 mod capture;
 mod check;
@@ -117,6 +118,7 @@ pub fn run_in(dir: &Path, surroundings: Arc<dyn Surroundings>) -> Result<(), Ser
     // Relative to it, because a socket's path may have at most 107 bytes.
     std::env::set_current_dir(dir).map_err(failed("enter the directory"))?;
     log::begin();
+    allow_descriptors();
     let Some(_lock) = take_lock()? else {
         return Ok(());
     };
@@ -125,6 +127,18 @@ pub fn run_in(dir: &Path, surroundings: Arc<dyn Surroundings>) -> Result<(), Ser
         crate::server::log::line(&error.to_string());
     }
     served
+}
+
+/// Each guest and each client that waits has some descriptors here: more of them, if that is allowed.
+fn allow_descriptors() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit
+        .maximum
+        .or(limit.current)
+        .map(|most| most.min(1 << 16));
+    // With fewer, those who come later wait.
+    let _ = setrlimit(Resource::Nofile, limit);
 }
 
 /// `None`: another one serves.

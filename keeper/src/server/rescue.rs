@@ -1,6 +1,5 @@
 //! A sandbox that is held still for a capture goes on, whatever becomes of who is capturing it.
 
-use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -9,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use belljar_protocol::client::system;
 use belljar_protocol::{AGENT_PORT, hybrid};
+
+use rustix::fs::{Mode, OFlags};
 
 use super::log;
 
@@ -31,7 +32,9 @@ pub(super) struct Held {
 impl Held {
     /// Resumes the VMM and thaws the guest's programs; leaves it paused if it was before.
     pub(super) fn let_go(&self) {
-        let Ok(dir) = File::open(&self.dir) else {
+        // Whoever began the capture chose the path: a pipe would make us wait.
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let Ok(dir) = rustix::fs::open(&self.dir, flags, Mode::empty()) else {
             return;
         };
         let near = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()));

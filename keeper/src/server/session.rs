@@ -115,8 +115,9 @@ impl Session {
             }
             Call::Keep(keep) => self.keep(keep),
             other => {
+                let caller = self.connection.stream().try_clone().ok();
                 let mut meanwhile = |answer| self.reply(answer, &[]).is_ok();
-                calls::answer(&shared, other, descriptors, &mut meanwhile)
+                calls::answer(&shared, other, descriptors, caller, &mut meanwhile)
             }
         }
     }

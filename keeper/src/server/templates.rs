@@ -316,16 +316,19 @@ impl Templates {
     }
 }
 
-/// What a template's record says: what it is of, and which file that is, unchanged since.
+/// What a template's record says: what it is of, and which file that is, unchanged since. Who writes to a file
+/// can set the time of its last writing back, and not that of its last change.
 fn description(id: SnapshotId, part: Part, file: &Metadata) -> String {
     format!(
-        "belljar template 1\nsnapshot {id}\nimage {}\nlength {}\nfile {}:{} changed {}.{:09}\n",
+        "belljar template 2\nsnapshot {id}\nimage {}\nlength {}\nfile {}:{} written {}.{:09} changed {}.{:09}\n",
         part.image(),
         file.len(),
         file.dev(),
         file.ino(),
         file.mtime(),
-        file.mtime_nsec()
+        file.mtime_nsec(),
+        file.ctime(),
+        file.ctime_nsec()
     )
 }
 
@@ -398,7 +401,15 @@ mod tests {
     #[test]
     fn one_that_was_changed_replaced_or_is_of_another_is_not_used() {
         type Spoil = fn(&Path);
-        let spoils: [Spoil; 5] = [
+        let spoils: [Spoil; 6] = [
+            |path| {
+                let written = std::fs::metadata(path).unwrap().modified().unwrap();
+                let permissions = Permissions::from_mode(0o600);
+                std::fs::set_permissions(path, permissions).unwrap();
+                let mut file = File::options().write(true).open(path).unwrap();
+                file.write_all(b"other").unwrap();
+                file.set_modified(written).unwrap();
+            },
             |path| {
                 let permissions = Permissions::from_mode(0o600);
                 std::fs::set_permissions(path, permissions).unwrap();

@@ -8,12 +8,13 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod hostile;
 mod sys;
 
 use std::fs::File;
 use std::io::{IoSlice, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -69,13 +70,7 @@ impl Guest {
             view.start,
             view.start + half as u64,
         );
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = rustix::net::SendAncillaryBuffer::new(&mut space);
-        let descriptors = [view.userfault.as_fd()];
-        assert!(control.push(rustix::net::SendAncillaryMessage::ScmRights(&descriptors)));
-        let slices = [IoSlice::new(message.as_bytes())];
-        let flags = rustix::net::SendFlags::NOSIGNAL;
-        rustix::net::sendmsg(&socket, &slices, &mut control, flags).unwrap();
+        tell(&socket, &message, &[view.userfault.as_fd()]);
         Self {
             view,
             memory,
@@ -86,6 +81,18 @@ impl Guest {
     fn page(&self, number: usize) -> std::io::Result<Vec<u8>> {
         self.view.read(number * 4096, 4096)
     }
+}
+
+/// Says what a VMM says of its RAM.
+fn tell(socket: &UnixStream, message: &str, descriptors: &[BorrowedFd<'_>]) {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut control = rustix::net::SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() {
+        assert!(control.push(rustix::net::SendAncillaryMessage::ScmRights(descriptors)));
+    }
+    let slices = [IoSlice::new(message.as_bytes())];
+    let flags = rustix::net::SendFlags::NOSIGNAL;
+    rustix::net::sendmsg(socket, &slices, &mut control, flags).unwrap();
 }
 
 /// Does it within a bound, or it hangs.

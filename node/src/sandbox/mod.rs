@@ -30,6 +30,7 @@ use crate::diagnosis;
 use crate::ending::{Ended, Meaning};
 use crate::poll::{PollSet, Polled};
 use crate::registry::{Found, SocketPath};
+use crate::snapshots::Bases;
 use crate::stages::Stages;
 use crate::state::spec::{Life, SandboxSpec};
 use crate::state::{self, SandboxDir, StateRoot};
@@ -147,6 +148,7 @@ impl Sandbox {
             .ok_or_else(|| BootError::Invalid(format!("sandbox {} is not complete", dir.id())))?;
         let config = plan::configure(&spec, assets)?;
         dir.forget_last_run()?;
+        Bases::note(dir, &spec)?;
         Ok((config, spec.life))
     }
 

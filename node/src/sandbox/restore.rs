@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::{BootError, BootRecord, Limits, Programs, Sandbox, plan};
 use crate::registry::SocketPath;
-use crate::snapshots::{Loaded, Origin, Source};
+use crate::snapshots::{Bases, Loaded, Origin, Source};
 use crate::stages::Stages;
 use crate::state::spec::{Life, SandboxSpec};
 use crate::state::{self, SandboxDir, StateError};
@@ -44,6 +44,7 @@ impl Sandbox {
         let spec: SandboxSpec = dir
             .read_record(state::CONFIG)?
             .ok_or_else(|| BootError::Invalid(format!("sandbox {} is not complete", dir.id())))?;
+        Bases::note(dir, &spec)?;
         let mut sandbox = Self::spawn(programs, dir.clone(), lock, spec.life)?;
         // Dropping it tears it down.
         sandbox.load(overrides(&spec, stays)?, source, limits, deadline, stages)?;

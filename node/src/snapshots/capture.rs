@@ -204,7 +204,7 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
     }
     let spec = &saved.spec;
     let base_files = match look.vmm() {
-        Some(vmm) => used_files(&found.called(), spec, vmm.pid)?,
+        Some(vmm) => used_files(found, spec, vmm.pid)?,
         None => BTreeMap::new(),
     };
     let base = match what {

@@ -24,6 +24,7 @@ pub use restore::{Host, NewClone, Source, check, restore};
 pub(crate) use saved::Loaded;
 pub use saved::{Origin, Saved};
 pub use store::{Stores, live};
+pub(crate) use used::Bases;
 
 use crate::state::StateRoot;
 

@@ -64,6 +64,9 @@ pub const ORIGIN: &str = "origin.json";
 pub const LOADED: &str = "loaded.json";
 /// The last snapshot that was taken of the guest that runs; forgotten before the next start.
 pub const LAST: &str = "last.json";
+/// The files of this machine that the guest that runs is made of, as they were when it was started; forgotten before
+/// the next start.
+pub const BASES: &str = "bases.json";
 /// There while the guest that runs is half way back to a snapshot, and fit for nothing but another reset.
 pub const RESETTING: &str = "resetting.json";
 pub const CAPTURE: &str = "capture";

@@ -7,8 +7,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::{
-    API_SOCKET, BOOT, CONSOLE_SOCKET, CONTROL_SOCKET, ENDED, LAST, LOADED, OWNER, Owner, RESETTING,
-    SandboxDir, StateError, VSOCK_SOCKET, io_error,
+    API_SOCKET, BASES, BOOT, CONSOLE_SOCKET, CONTROL_SOCKET, ENDED, LAST, LOADED, OWNER, Owner,
+    RESETTING, SandboxDir, StateError, VSOCK_SOCKET, io_error,
 };
 
 impl SandboxDir {
@@ -103,6 +103,7 @@ impl SandboxDir {
             OWNER,
             BOOT,
             LOADED,
+            BASES,
             LAST,
             RESETTING,
             ENDED,
