@@ -11,7 +11,7 @@ use self::balloon::{check_balloon_fits, no_balloon};
 use super::{Action, Body, Fault, InstanceState, Request};
 use crate::config::{
     BalloonStatsUpdate, BalloonUpdate, Descriptors, DrivePatch, HintingStart, Logger, Metrics,
-    SnapshotCreate, SnapshotLoad, SnapshotReset, Source, VmConfig, WorkingSetRecord,
+    Prepare, SnapshotCreate, SnapshotLoad, SnapshotReset, Source, VmConfig, WorkingSetRecord,
 };
 
 /// Where the microVM is in its life.
@@ -32,10 +32,8 @@ pub enum Effect {
     Done,
     /// Nothing: this is the answer.
     Answer(Body),
-    /// Make VM, interrupt controllers and this many vCPUs.
-    Prepare {
-        vcpu_count: u8,
-    },
+    /// Make VM, interrupt controllers and vCPUs, and map RAM if it is said which.
+    Prepare(Prepare),
     /// Build and start the guest from [`Configurator::config`], which has a boot source.
     Start,
     Pause,
@@ -271,7 +269,7 @@ impl Configurator {
                 self.check_source("metrics_path", Some(&metrics.metrics_path))?;
                 Ok(Effect::SetMetrics(metrics))
             }
-            R::Prepare(prepare) => self.prepare(prepare.vcpu_count),
+            R::Prepare(prepare) => self.prepare(prepare),
             R::Action(action) => self.action(action),
             R::Pause => {
                 self.after_start("PATCH /vm")?;
@@ -307,9 +305,9 @@ impl Configurator {
     /// Records that the machine carried `effect` out.
     pub fn done(&mut self, effect: &Effect) {
         match effect {
-            Effect::Prepare { vcpu_count } => {
+            Effect::Prepare(prepare) => {
                 self.phase = Phase::Configuring {
-                    prepared: Some(*vcpu_count),
+                    prepared: Some(prepare.vcpu_count),
                 };
             }
             Effect::Start => {
@@ -416,13 +414,13 @@ impl Configurator {
         Ok(Effect::Done)
     }
 
-    fn prepare(&mut self, vcpu_count: u8) -> Outcome {
+    fn prepare(&mut self, prepare: Prepare) -> Outcome {
         self.before_start("/prepare")?;
         match self.phase {
             Phase::Configuring { prepared: Some(n) } => Err(Fault::new(format!(
                 "/prepare: this VMM is prepared already, for {n} vCPUs"
             ))),
-            _ => Ok(Effect::Prepare { vcpu_count }),
+            _ => Ok(Effect::Prepare(prepare)),
         }
     }
 

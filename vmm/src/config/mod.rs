@@ -41,7 +41,7 @@ pub use snapshot::{
 };
 pub use source::Source;
 pub(crate) use source::check_fd_name;
-pub use vm::{Entropy, Prepare, VmConfig};
+pub use vm::{Entropy, Prepare, PreparedMemory, VmConfig};
 pub use vsock::Vsock;
 
 use serde::de::{DeserializeOwned, IgnoredAny};

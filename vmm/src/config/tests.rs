@@ -79,6 +79,11 @@ fn bad_machine_fields_are_named() {
     }
     assert!(bad::<MachinePatch>(r#"{"vcpu_count":33}"#).contains("vcpu_count: 33"));
     assert!(bad::<Prepare>(r#"{"vcpu_count":0}"#).contains("vcpu_count: 0"));
+    let alone = r#"{"vcpu_count":1,"working_set":"w"}"#;
+    assert!(bad::<Prepare>(alone).contains("goes with mem_file_path"));
+    let whole: Prepare = good(r#"{"vcpu_count":1,"mem_file_path":"m","working_set":"fd:w"}"#);
+    let memory = whole.memory.unwrap();
+    assert_eq!(memory.working_set.unwrap().to_string(), "fd:w");
 }
 
 #[test]

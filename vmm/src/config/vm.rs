@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Balloon, BootSource, ConfigError, Console, Drive, Logger, MachineConfig, Metrics,
-    NO_RATE_LIMITER, Serial, Vsock, machine, refuse,
+    NO_RATE_LIMITER, Serial, Source, Vsock, machine, refuse,
 };
 
 /// `PUT /entropy`: a virtio-rng device; there is nothing to set.
@@ -28,25 +28,51 @@ impl TryFrom<RawEntropy> for Entropy {
 }
 
 /// `PUT /prepare` (ours): make VM, vCPUs and interrupt controllers ahead of the configuration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "RawPrepare")]
 pub struct Prepare {
     /// 1..=32
     pub vcpu_count: u8,
+    /// RAM, if it is known already from which snapshot it will be.
+    pub memory: Option<PreparedMemory>,
+}
+
+/// RAM that is mapped ahead.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PreparedMemory {
+    pub mem_file_path: Source,
+    /// What is brought in then.
+    pub working_set: Option<Source>,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawPrepare {
     vcpu_count: u64,
+    #[serde(default)]
+    mem_file_path: Option<Source>,
+    #[serde(default)]
+    working_set: Option<Source>,
 }
 
 impl TryFrom<RawPrepare> for Prepare {
     type Error = ConfigError;
     fn try_from(raw: RawPrepare) -> Result<Self, ConfigError> {
-        Ok(Self {
-            vcpu_count: machine::vcpu_count(raw.vcpu_count)?,
-        })
+        let vcpu_count = machine::vcpu_count(raw.vcpu_count)?;
+        let memory = match (raw.mem_file_path, raw.working_set) {
+            (Some(mem_file_path), working_set) => Some(PreparedMemory {
+                mem_file_path,
+                working_set,
+            }),
+            (None, Some(_)) => {
+                return Err(ConfigError::new(
+                    "working_set",
+                    "it goes with mem_file_path",
+                ));
+            }
+            (None, None) => None,
+        };
+        Ok(Self { vcpu_count, memory })
     }
 }
 

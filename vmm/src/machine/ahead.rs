@@ -77,10 +77,12 @@ impl Ahead {
         self.vm = vm;
     }
 
-    /// The VM, if it has this many vCPUs.
+    /// The VM, with this many vCPUs; none if it has more.
     pub(super) fn take_vm(&mut self, vcpus: u8) -> Option<Prepared> {
         let made_for = std::mem::take(&mut self.vcpus);
-        self.vm.take().filter(|_| made_for == vcpus)
+        let mut vm = self.vm.take().filter(|_| made_for <= vcpus)?;
+        vm.grow(vcpus).ok()?;
+        Some(vm)
     }
 
     /// The image, loaded now unless it was before and nothing has changed since.

@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::events::{DeviceEvents, Notice, Notifier};
 use super::guest::{DriveHandle, Guest, GuestMemory};
 use super::image::Image;
+use super::ready::ReadyMemory;
 use crate::arch::x86_64::acpi::{self, AcpiError, MmioDevice};
 use crate::arch::x86_64::boot::{self, BootError, BootInfo};
 use crate::arch::x86_64::cpuid::{self, CpuidError, OtherCpu};
@@ -108,15 +109,42 @@ pub(super) struct Prepared {
     pub(super) vm: Vm,
     pub(super) vcpus: Vec<Vcpu>,
     pub(super) cpuid: CpuId,
+    pub(super) memory: Option<ReadyMemory>,
+}
+
+impl Prepared {
+    /// Adds vCPUs until there are so many.
+    pub(super) fn grow(&mut self, vcpu_count: u8) -> Result<()> {
+        let there = u8::try_from(self.vcpus.len()).unwrap_or(u8::MAX);
+        for index in there..vcpu_count {
+            self.vcpus.push(self.vm.create_vcpu(index)?);
+        }
+        Ok(())
+    }
+
+    /// Has KVM map runs of guest-physical memory, as long as it can.
+    pub(super) fn pre_fault(&self) -> impl FnMut(u64, u64) + '_ {
+        pre_fault(&self.vcpus)
+    }
+}
+
+/// Has KVM map runs of guest-physical memory, as long as it can.
+pub(super) fn pre_fault(vcpus: &[Vcpu]) -> impl FnMut(u64, u64) + '_ {
+    let mut first = vcpus.first();
+    move |start, len| first = first.filter(|vcpu| vcpu.pre_fault(start, len))
 }
 
 pub(super) fn prepare(vcpu_count: u8, dev_kvm: Option<OwnedFd>) -> Result<Prepared> {
     let vm = Vm::new(dev_kvm)?;
     let cpuid = vm.supported_cpuid()?;
-    let vcpus = (0..vcpu_count)
-        .map(|index| vm.create_vcpu(index))
-        .collect::<std::result::Result<_, _>>()?;
-    Ok(Prepared { vm, vcpus, cpuid })
+    let mut prepared = Prepared {
+        vm,
+        vcpus: Vec::new(),
+        cpuid,
+        memory: None,
+    };
+    prepared.grow(vcpu_count)?;
+    Ok(prepared)
 }
 
 /// Everything `build` needs beside the VM.
@@ -150,6 +178,7 @@ fn put_together(prepared: Prepared, image: &Image, parts: Parts<'_>) -> Result<G
         mut vm,
         vcpus,
         cpuid,
+        ..
     } = prepared;
     let started = Instant::now();
     let stage = |what: &str| {

@@ -8,6 +8,7 @@ mod events;
 mod faults;
 mod guest;
 mod image;
+mod ready;
 mod restore;
 mod run;
 mod save;

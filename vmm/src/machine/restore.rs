@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::assemble::{
-    AssembleError, Builder, Parts, Prepared, Result as Assembled, write_generation_id,
+    AssembleError, Builder, Parts, Prepared, Result as Assembled, pre_fault, write_generation_id,
 };
 use super::events::DeviceEvents;
 use super::events::Notifier;
@@ -23,7 +23,7 @@ use crate::kvm::{Vcpu, Vm};
 use crate::log_debug;
 use crate::memory::handled::{self, Faults};
 use crate::memory::working_set::{self, WorkingSet, WorkingSetError};
-use crate::memory::{self, GuestRam, template};
+use crate::memory::{self, GuestRam, MemoryError, template};
 use crate::snapshot::{self, FormatError, Saved, format};
 use crate::virtio::device::{InterruptLine, RestoreError};
 use crate::virtio::mmio::{Transport, TransportState, lock};
@@ -46,6 +46,12 @@ pub(super) enum LoadError {
     },
     #[error("mem_backend: {path}: {source}")]
     Handler { path: String, source: HandlerError },
+    #[error("mem_file_path: {path}: {source}")]
+    Map { path: String, source: MemoryError },
+    #[error(
+        "/snapshot/load: this VMM was prepared with another memory file than {0}; start another one"
+    )]
+    OtherMemory(String),
     #[error("working_set: {path}: {source}")]
     WorkingSet {
         path: String,
@@ -72,7 +78,11 @@ pub(super) struct Snapshot {
 
 /// Where RAM comes from.
 enum Ram {
-    File(File),
+    File {
+        /// For messages.
+        path: String,
+        file: File,
+    },
     Handled {
         /// For messages.
         path: String,
@@ -90,11 +100,18 @@ impl Ram {
     ) -> Result<Self, LoadError> {
         match backend {
             MemoryBackend::File(source) => {
-                memory_file("mem_backend", source, wanted, descriptors).map(Self::File)
+                let file = memory_file("mem_backend", source, Some(wanted), descriptors)?;
+                let path = source.to_string();
+                Ok(Self::File { path, file })
             }
             MemoryBackend::Handler { socket, template } => {
                 let template = template.as_ref().map(|source| {
-                    memory_file("mem_backend.template_path", source, wanted, descriptors)
+                    memory_file(
+                        "mem_backend.template_path",
+                        source,
+                        Some(wanted),
+                        descriptors,
+                    )
                 });
                 let template = template.transpose()?;
                 let path = socket.to_string();
@@ -119,7 +136,7 @@ impl Ram {
     /// Maps it. Also whom to ask for its pages, and that one's name.
     fn map(self, mib: u64) -> Assembled<(GuestMemory, Option<(String, PageHandler)>)> {
         let (path, handler, template) = match self {
-            Self::File(file) => {
+            Self::File { file, .. } => {
                 let ram = Arc::new(template::map_file(&file, mib)?);
                 return Ok((GuestMemory::restored(ram, file), None));
             }
@@ -168,11 +185,11 @@ fn hand_over(
     Ok(())
 }
 
-/// A file as long as RAM.
-fn memory_file(
+/// A file as long as RAM, if it is known how long that is.
+pub(super) fn memory_file(
     field: &str,
     source: &Source,
-    wanted: u64,
+    wanted: Option<u64>,
     descriptors: &Descriptors,
 ) -> Result<File, LoadError> {
     let file = descriptors.open(field, source, Expect::ReadFile)?;
@@ -181,7 +198,7 @@ fn memory_file(
         Ok(metadata) => metadata.len(),
         Err(source) => return Err(LoadError::Read { path, source }),
     };
-    if found != wanted {
+    if let Some(wanted) = wanted.filter(|wanted| *wanted != found) {
         return Err(LoadError::MemorySize {
             path,
             found,
@@ -233,7 +250,18 @@ impl Snapshot {
         &self.saved.config
     }
 
-    /// Builds the guest; its vCPUs are paused.
+    /// Whether RAM that was mapped ahead is this snapshot's.
+    pub(super) fn check_ready(&self, prepared: &Prepared) -> Result<(), LoadError> {
+        match (&prepared.memory, &self.ram) {
+            (None, _) => Ok(()),
+            (Some(ready), Ram::File { file, .. }) if ready.is_of(file) => Ok(()),
+            (Some(_), Ram::File { path, .. } | Ram::Handled { path, .. }) => {
+                Err(LoadError::OtherMemory(path.clone()))
+            }
+        }
+    }
+
+    /// Builds the guest; its vCPUs are paused. RAM that was mapped ahead fits.
     pub(super) fn restore(
         self,
         prepared: Prepared,
@@ -245,6 +273,7 @@ impl Snapshot {
             mut vm,
             vcpus,
             cpuid: here,
+            memory: ready,
         } = prepared;
         for vcpu in &saved.vcpus {
             cpuid::check_portable(&vcpu.cpuid, &here)?;
@@ -254,7 +283,14 @@ impl Snapshot {
             log_debug!("{what}: {} us into the load", started.elapsed().as_micros());
         };
         let mib = u64::from(saved.config.machine_config.mem_size_mib);
-        let (memory, handler) = self.ram.map(mib)?;
+        let (is_mapped, is_there) = match &ready {
+            Some(ready) => (true, ready.has_working_set),
+            None => (false, false),
+        };
+        let (memory, handler) = match ready {
+            Some(ready) => (ready.memory, None),
+            None => self.ram.map(mib)?,
+        };
         let notifier = parts.notifier.clone();
         let ram = Arc::clone(&memory.ram);
         if self.track {
@@ -267,7 +303,9 @@ impl Snapshot {
             hand_over(&mut builder.memory, path, handler, notifier, end_now)?;
         }
         stage("devices made");
-        builder.vm.map_ram(&ram)?;
+        if !is_mapped {
+            builder.vm.map_ram(&ram)?;
+        }
         let tsc_set = restore_vcpus(&vcpus, saved)?;
         builder.vm.restore(&saved.vm, self.advance, tsc_set)?;
         stage("vCPUs restored");
@@ -275,11 +313,8 @@ impl Snapshot {
         restore_devices(&builder.devices, saved, Transport::restore)?;
         tell_generation(builder.vm, &ram, saved)?;
         stage("devices restored");
-        if let Some(vcpu) = vcpus.first() {
-            let mut can = true;
-            self.working_set.bring_in(&ram, |start, len| {
-                can = can && vcpu.pre_fault(start, len);
-            });
+        if !is_there {
+            self.working_set.bring_in(&ram, pre_fault(&vcpus));
             stage("working set brought in");
         }
         let running = builder.start(vcpus)?;
@@ -321,7 +356,10 @@ fn go_back_to(guest: &mut Guest, origin: &Origin) -> Assembled<()> {
     Ok(())
 }
 
-fn read_working_set(source: &Source, descriptors: &Descriptors) -> Result<WorkingSet, LoadError> {
+pub(super) fn read_working_set(
+    source: &Source,
+    descriptors: &Descriptors,
+) -> Result<WorkingSet, LoadError> {
     let path = source.to_string();
     let file = descriptors.open("working_set", source, Expect::ReadFile)?;
     let mut bytes = Vec::new();

@@ -15,7 +15,7 @@ use super::events::{Notice, Notices, Notifier, Subscriber, Woken};
 use super::faults::{self, Completed, EndNow};
 use super::guest::{Guest, GuestMemory};
 use super::save::{self, Capture, Files, us};
-use super::{restore, signals};
+use super::{ready, restore, signals};
 use crate::api::args::{self, Args, Invocation};
 use crate::api::{
     Action, ApiHandle, ApiServer, Body, Command, CommandReceiver, Configurator, Effect, Fault,
@@ -241,6 +241,7 @@ impl Machine {
         }
         args.start_times.record(self.metrics.registry());
         let Some(source) = args.config_file else {
+            self.get_ready();
             return Ok(());
         };
         let document = self.read_config(&source)?;
@@ -513,9 +514,18 @@ impl Machine {
         if self.prepared.is_none()
             && let Some(vcpu_count) = self.ahead.wants_vm(config)
         {
-            let vm = self.prepare(vcpu_count).ok();
+            let early = self.ahead.take_vm(vcpu_count);
+            let vm = early.or_else(|| self.prepare(vcpu_count).ok());
             self.ahead.keep_vm(vcpu_count, vm);
         }
+    }
+
+    /// Whatever guest it will be, it has a VM and a vCPU, and nobody waits for an answer yet. What fails here
+    /// fails again when somebody does.
+    fn get_ready(&mut self) {
+        let vm = self.prepare(1).ok();
+        self.ahead.keep_vm(1, vm);
+        ready::touch_own_pages();
     }
 
     /// Does what a call means; nothing has changed if it fails.
@@ -523,9 +533,13 @@ impl Machine {
         match effect {
             Effect::Done => {}
             Effect::Answer(body) => return Ok(body.clone()),
-            Effect::Prepare { vcpu_count } => {
-                let early = self.ahead.take_vm(*vcpu_count);
-                self.prepared = Some(early.map_or_else(|| self.prepare(*vcpu_count), Ok)?);
+            Effect::Prepare(wanted) => {
+                let mut prepared = self.vm_with(wanted.vcpu_count)?;
+                if let Some(memory) = &wanted.memory {
+                    ready::map_ahead(&mut prepared, memory, self.configurator.descriptors())?;
+                }
+                ready::touch_own_pages();
+                self.prepared = Some(prepared);
             }
             Effect::Start => self.start()?,
             Effect::Pause => self.pause()?,
@@ -566,6 +580,12 @@ impl Machine {
             }
         }
         self.publish();
+    }
+
+    /// The one that was made ahead, or a new one.
+    fn vm_with(&mut self, vcpu_count: u8) -> Result<Prepared, Fault> {
+        let early = self.ahead.take_vm(vcpu_count);
+        early.map_or_else(|| self.prepare(vcpu_count), Ok)
     }
 
     fn prepare(&self, vcpu_count: u8) -> Result<Prepared, Fault> {
@@ -719,9 +739,12 @@ impl Machine {
                  {vcpu_count}; start another one"
             )));
         }
+        if let Some(prepared) = &self.prepared {
+            snapshot.check_ready(prepared).map_err(Fault::from_error)?;
+        }
         let prepared = match self.prepared.take() {
             Some(prepared) => prepared,
-            None => self.prepare(vcpu_count)?,
+            None => self.vm_with(vcpu_count)?,
         };
         let config = snapshot.config().clone();
         let mut made = Vec::new();
@@ -767,13 +790,18 @@ impl Machine {
     fn start(&mut self) -> Result<(), Fault> {
         self.guest_started = Some(Instant::now());
         let vcpu_count = self.configurator.config().machine_config.vcpu_count;
-        let prepared = match self
+        if self
             .prepared
-            .take()
-            .or_else(|| self.ahead.take_vm(vcpu_count))
+            .as_ref()
+            .is_some_and(|prepared| prepared.memory.is_some())
         {
+            return Err(Fault::new(
+                "InstanceStart: this VMM was prepared with the memory of a snapshot; load that, or start another one",
+            ));
+        }
+        let prepared = match self.prepared.take() {
             Some(prepared) => prepared,
-            None => self.prepare(vcpu_count)?,
+            None => self.vm_with(vcpu_count)?,
         };
         let image = self
             .ahead

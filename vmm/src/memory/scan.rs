@@ -59,16 +59,6 @@ pub(super) fn private_pages(range: &Range<usize>) -> io::Result<Vec<Range<usize>
     }
 }
 
-/// Pages of a file that are mapped and unchanged.
-pub(super) fn shared_pages(range: &Range<usize>) -> io::Result<Vec<Range<usize>>> {
-    let pagemap = File::open("/proc/self/pagemap")?;
-    let arg = ScanArg {
-        category_mask: IS_FILE | IS_PRESENT,
-        ..ScanArg::default()
-    };
-    scan_for(&pagemap, range, arg)
-}
-
 /// Own pages between these addresses that were written since they were last asked for; they are protected
 /// again in the same step. The range is registered for asynchronous write protection.
 pub(super) fn written(pagemap: &File, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {

@@ -1,9 +1,9 @@
-//! The pages a guest uses first after a restore: recorded once, brought in at once the next time.
+//! The pages a guest writes first after a restore: recorded once, copied at once the next time.
 //!
-//! Each page that a restored guest touches costs an exit and two page faults, one by one: most of the time from
-//! a load to a guest's first answer. Which pages these are repeats from one restore of a snapshot to the next.
+//! Each page that a restored guest writes costs an exit, a copy and two page faults, one by one. Which pages these
+//! are repeats from one restore of a snapshot to the next. Pages that are only read are not worth it: the page
+//! cache has them, and many of them are mapped at a time (`docs/performance.md`).
 use std::io;
-use std::ops::Range;
 
 use super::ranges::RangeSet;
 use super::{GuestRam, Slot, scan, slots};
@@ -12,16 +12,20 @@ const PAGE: u64 = 4096;
 const MAGIC: &[u8; 8] = b"BJWSET1\n";
 /// Bytes of one run in the file.
 const RUN: usize = 16;
-/// Most runs, and most pages in all: a recording is a hint, which must not cost more than it saves.
+/// Most runs, and most pages in all, of a recording.
 const MAX_RUNS: usize = 1 << 16;
 const MAX_PAGES: u64 = 1 << 16;
+/// Most pages that are brought in: a recording is a hint, which must not cost more than it saves. These are 16 MiB,
+/// copied in some 40 ms at the most.
+const MAX_BROUGHT: u64 = 4096;
+/// Set in the start of a run of pages that were written. Recordings once had others, too.
+const WRITTEN: u64 = 1;
 /// Longest file.
 pub const MAX_LEN: usize = MAGIC.len() + MAX_RUNS * RUN;
 
 /// Offsets in the memory file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WorkingSet {
-    read: RangeSet,
     written: RangeSet,
 }
 
@@ -36,19 +40,15 @@ pub enum WorkingSetError {
 }
 
 impl WorkingSet {
-    /// What a restored guest has touched by now. Pages that were only read are rounded up to what the kernel
-    /// maps at a time, unless changes were watched from the start.
+    /// What a restored guest has written by now.
     pub fn record(ram: &GuestRam) -> io::Result<Self> {
         let mut set = Self::default();
         let mut base = 0;
         for slot in slots(ram) {
             let host = slot.host_start as usize..(slot.host_start + slot.len) as usize;
-            let place = |range: Range<usize>| base + range.start as u64..base + range.end as u64;
             for range in scan::private_pages(&host)? {
-                set.written.insert(place(range));
-            }
-            for range in scan::shared_pages(&host)? {
-                set.read.insert(place(range));
+                set.written
+                    .insert(base + range.start as u64..base + range.end as u64);
             }
             base += slot.len;
         }
@@ -58,17 +58,13 @@ impl WorkingSet {
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
         let mut pages = 0;
-        let all = [(&self.written, 1), (&self.read, 0)];
-        let runs = all
-            .iter()
-            .flat_map(|(set, written)| set.iter().map(move |range| (range, *written)));
-        for (range, written) in runs.take(MAX_RUNS) {
+        for range in self.written.iter().take(MAX_RUNS) {
             let count = (range.end - range.start) / PAGE;
             pages += count;
             if pages > MAX_PAGES {
                 break;
             }
-            bytes.extend((range.start | written).to_le_bytes());
+            bytes.extend((range.start | WRITTEN).to_le_bytes());
             bytes.extend(count.to_le_bytes());
         }
         bytes
@@ -91,51 +87,46 @@ impl WorkingSet {
             pages = count.saturating_add(pages);
             let end = count
                 .checked_mul(PAGE)
-                .and_then(|len| (start & !1).checked_add(len));
+                .and_then(|len| (start & !WRITTEN).checked_add(len));
             let (Some(end), true) = (end, pages <= MAX_PAGES && count > 0) else {
                 return Err(WorkingSetError::Run(start));
             };
-            if start & !1 & (PAGE - 1) != 0 {
+            if start & !WRITTEN & (PAGE - 1) != 0 {
                 return Err(WorkingSetError::Run(start));
             }
-            let kind = if start & 1 == 1 {
-                &mut set.written
-            } else {
-                &mut set.read
-            };
-            kind.insert(start & !1..end);
+            if start & WRITTEN != 0 {
+                set.written.insert(start & !WRITTEN..end);
+            }
         }
         Ok(set)
     }
 
-    /// Brings the pages in; `map` is then told guest-physical address and length of each run. What lies
-    /// outside RAM is left out. A hint: what the kernel cannot do now it does when the guest comes.
+    /// Copies the pages, the first 16 MiB of them; `map` is then told guest-physical address and length of each
+    /// run. What lies outside RAM is left out. A hint: what the kernel cannot do now it does when the guest comes.
     pub fn bring_in(&self, ram: &GuestRam, mut map: impl FnMut(u64, u64)) {
         let mut base = 0;
+        let mut left = MAX_BROUGHT * PAGE;
         for slot in slots(ram) {
             let here = base..base + slot.len;
-            for (set, advice) in [
-                (&self.written, libc::MADV_POPULATE_WRITE),
-                (&self.read, libc::MADV_POPULATE_READ),
-            ] {
-                for range in set.within(&here) {
-                    populate(&slot, range.start - base, range.end - range.start, advice);
-                    map(
-                        slot.guest_start + range.start - base,
-                        range.end - range.start,
-                    );
+            for range in self.written.within(&here) {
+                let len = (range.end - range.start).min(left);
+                if len == 0 {
+                    return;
                 }
+                left -= len;
+                populate(&slot, range.start - base, len);
+                map(slot.guest_start + range.start - base, len);
             }
             base += slot.len;
         }
     }
 }
 
-fn populate(slot: &Slot, offset: u64, len: u64, advice: i32) {
+fn populate(slot: &Slot, offset: u64, len: u64) {
     let host = (slot.host_start + offset) as *mut libc::c_void;
     // SAFETY: the range lies in a region of guest RAM, which is mapped for the life of the process; the
     // contents of its pages do not change.
-    unsafe { libc::madvise(host, len as usize, advice) };
+    unsafe { libc::madvise(host, len as usize, libc::MADV_POPULATE_WRITE) };
 }
 
 #[cfg(test)]
@@ -148,27 +139,63 @@ mod tests {
     use super::super::template::map_file;
     use super::*;
 
-    #[test]
-    fn what_one_guest_touched_the_next_one_has() {
+    fn template() -> std::fs::File {
         let file = tempfile::tempfile().unwrap();
         file.set_len(32 << 20).unwrap();
         file.write_all_at(&[3; 1 << 20], 0).unwrap();
+        file
+    }
+
+    #[test]
+    fn what_one_guest_wrote_the_next_one_has() {
+        let file = template();
         let first = map_file(&file, 32).unwrap();
         first.write_obj(1u8, GuestAddress(5 * PAGE)).unwrap();
         first.read_obj::<u8>(GuestAddress(100 * PAGE)).unwrap();
         let recorded = WorkingSet::record(&first).unwrap();
-        assert_eq!(recorded.written.iter().next(), Some(5 * PAGE..6 * PAGE));
-        assert!(recorded.read.contains(&(100 * PAGE..101 * PAGE)));
+        let pages: Vec<_> = recorded
+            .written
+            .iter()
+            .map(|run| (run.start, run.end))
+            .collect();
+        let expected = [(5 * PAGE, 6 * PAGE)];
+        assert_eq!(pages, expected, "what is only read is left out");
         let set = WorkingSet::decode(&recorded.encode()).unwrap();
         assert_eq!(set, recorded);
         let second = map_file(&file, 32).unwrap();
         let mut runs = Vec::new();
         set.bring_in(&second, |start, len| runs.push((start, len)));
-        assert_eq!(runs[0], (5 * PAGE, PAGE));
-        let there = WorkingSet::record(&second).unwrap();
-        assert!(there.written.contains(&(5 * PAGE..6 * PAGE)));
-        assert!(there.read.contains(&(100 * PAGE..101 * PAGE)));
+        assert_eq!(runs, [(5 * PAGE, PAGE)]);
+        assert_eq!(WorkingSet::record(&second).unwrap(), recorded);
         assert_eq!(second.read_obj::<u8>(GuestAddress(5 * PAGE)).unwrap(), 3);
+    }
+
+    #[test]
+    fn what_an_older_recording_says_was_only_read_is_left_to_the_guest() {
+        let words = [7 * PAGE, 3, (20 * PAGE) | WRITTEN, 1];
+        let bytes = words.iter().flat_map(|word| word.to_le_bytes());
+        let bytes: Vec<u8> = MAGIC.iter().copied().chain(bytes).collect();
+        let set = WorkingSet::decode(&bytes).unwrap();
+        assert_eq!(set.written.iter().next(), Some(20 * PAGE..21 * PAGE));
+        assert_eq!(set.written.len(), 1);
+    }
+
+    #[test]
+    fn a_recording_of_everything_brings_in_16_mib() {
+        let ram = map_file(&template(), 32).unwrap();
+        let set = WorkingSet {
+            written: [PAGE..9 << 20, 10 << 20..32 << 20].into_iter().collect(),
+        };
+        let mut sum = 0;
+        set.bring_in(&ram, |_, len| sum += len);
+        assert_eq!(sum, 16 << 20);
+        let own = WorkingSet::record(&ram).unwrap();
+        let own: u64 = own
+            .written
+            .iter()
+            .map(|range| range.end - range.start)
+            .sum();
+        assert_eq!(own, 16 << 20);
     }
 
     #[test]

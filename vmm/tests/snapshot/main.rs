@@ -376,6 +376,27 @@ fn what_does_not_fit_is_refused_with_the_reason() {
     ready.put("/prepare", r#"{"vcpu_count": 2}"#);
     ready.put("/snapshot/load", load);
     ready.kill();
+    let expecting = Vmm::start(dir, &[]);
+    write("odd", &[0; 4096]);
+    let odd = r#"{"vcpu_count": 2, "mem_file_path": "odd"}"#;
+    assert!(
+        expecting
+            .call("PUT", "/prepare", odd)
+            .refused()
+            .contains("odd")
+    );
+    expecting.put("/prepare", r#"{"vcpu_count": 2, "mem_file_path": "ram"}"#);
+    fs::copy(dir.join("ram"), dir.join("other")).unwrap();
+    let other = load.replace("\"ram\"", "\"other\"");
+    let refused = expecting.call("PUT", "/snapshot/load", &other);
+    assert!(
+        refused.refused().contains("another memory file"),
+        "{refused:?}"
+    );
+    let refused = expecting.call("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#);
+    assert!(refused.refused().len() > 10, "{refused:?}");
+    expecting.put("/snapshot/load", load);
+    expecting.kill();
 }
 
 /// Checks that what is in the file is somewhere in the guest's numbers, without a gap; returns where.
@@ -476,6 +497,24 @@ fn a_guest_goes_back_in_place_and_knows_what_it_needs() {
     third.patch(PAUSE);
     check(dir, &["out", "out3"]);
     third.kill();
+    // The same with RAM that was mapped before anybody asked for the guest.
+    let ready = Vmm::start(dir, &[]);
+    ready.put(
+        "/prepare",
+        r#"{"vcpu_count": 2, "mem_file_path": "ram", "working_set": "set"}"#,
+    );
+    ready.put("/serial", r#"{"serial_out_path": "out4"}"#);
+    ready.put("/snapshot/load", with_set);
+    wait_for(&dir.join("out4"), 800);
+    ready.put("/snapshot/reset", "{}");
+    let begin = fs::metadata(dir.join("out4")).unwrap().len();
+    ready.put("/snapshot/reset", r#"{"resume_vm": true}"#);
+    wait_for(&dir.join("out4"), 800);
+    ready.patch(PAUSE);
+    let all = fs::read(dir.join("out4")).unwrap();
+    fs::write(dir.join("out5"), &all[begin as usize..]).unwrap();
+    ready.kill();
+    check(dir, &["out", "out5"]);
     let wrong = Vmm::start(dir, &[]);
     let refused = wrong.call(
         "PUT",

@@ -158,7 +158,11 @@ fn prepared_vcpus_bind_the_machine_configuration() {
     let mut c = Configurator::default();
     put(&mut c, "/boot-source", BOOT).unwrap();
     let effect = put(&mut c, "/prepare", r#"{"vcpu_count":2}"#);
-    assert_eq!(effect, Ok(Effect::Prepare { vcpu_count: 2 }));
+    let wanted = Prepare {
+        vcpu_count: 2,
+        memory: None,
+    };
+    assert_eq!(effect, Ok(Effect::Prepare(wanted)));
     assert_refused(
         put(&mut c, "/prepare", r#"{"vcpu_count":2}"#),
         "prepared already",
