@@ -16,6 +16,7 @@
 #![deny(unsafe_code)]
 
 pub mod client;
+pub mod huge;
 pub mod server;
 mod sys;
 pub mod wire;
@@ -45,6 +46,9 @@ pub const SOCKET: &str = "keeper.sock";
 pub const IDLE_VARIABLE: &str = "BELLJAR_KEEPER_IDLE_MS";
 /// Bytes that templates may take on disk.
 pub const TEMPLATES_VARIABLE: &str = "BELLJAR_TEMPLATE_BYTES";
+
+/// Bytes of memory that the keeper may hold of templates which are used again and again; 0: none.
+pub const HOT_VARIABLE: &str = "BELLJAR_HOT_BYTES";
 
 /// The image of the VMM's state, of guest RAM, of the writable disk, and what the sandbox was.
 pub mod images {

@@ -1,4 +1,4 @@
-//! userfaultfd(2) and one mapping, as much of them as is used (linux/userfaultfd.h). The only unsafe code here.
+//! userfaultfd(2) and two mappings, as much of them as is used (linux/userfaultfd.h). The only unsafe code here.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -266,6 +266,90 @@ impl Filling {
 }
 
 impl Drop for Filling {
+    fn drop(&mut self) {
+        // SAFETY: it was mapped by `new`, and nothing refers to it.
+        unsafe { libc::munmap(self.start as *mut libc::c_void, self.length) };
+    }
+}
+
+/// A file as it is in memory, for reading, at an address with the same place in a huge page.
+pub(crate) struct Mapping {
+    start: u64,
+    length: usize,
+}
+
+impl Mapping {
+    /// `align` is a power of two.
+    pub(crate) fn new(file: &File, length: u64, align: u64) -> io::Result<Self> {
+        let too_long = |_| io::Error::from(io::ErrorKind::InvalidInput);
+        let padded = length
+            .checked_add(align)
+            .ok_or(io::ErrorKind::InvalidInput)?;
+        let padded = usize::try_from(padded).map_err(too_long)?;
+        let length = usize::try_from(length).map_err(too_long)?;
+        // SAFETY: a new mapping, at an address that the kernel chooses, of which nothing can be touched.
+        let room = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                padded,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if room == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = room as u64;
+        let start = base.next_multiple_of(align);
+        // SAFETY: it takes the place of a part of what was mapped just now, which is ours.
+        let mapped = unsafe {
+            libc::mmap(
+                start as *mut libc::c_void,
+                length,
+                libc::PROT_READ,
+                libc::MAP_SHARED | libc::MAP_FIXED,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        let failed = (mapped == libc::MAP_FAILED).then(io::Error::last_os_error);
+        let end = start.saturating_add((length as u64).next_multiple_of(PAGE));
+        let tail = base.saturating_add(padded as u64).saturating_sub(end);
+        // SAFETY: the two ends of the room, and all of it if the file is not in it.
+        unsafe {
+            if failed.is_some() {
+                libc::munmap(room, padded);
+            } else {
+                if start > base {
+                    libc::munmap(room, (start - base) as usize);
+                }
+                if tail > 0 {
+                    libc::munmap(end as *mut libc::c_void, tail as usize);
+                }
+            }
+        }
+        failed.map_or(Ok(Self { start, length }), Err)
+    }
+
+    /// Has a part that is aligned be huge pages in the page cache.
+    pub(crate) fn collapse(&self, part: &Range<u64>) -> io::Result<()> {
+        const MADV_COLLAPSE: i32 = 25;
+        let inside = part.start <= part.end && part.end <= self.length as u64;
+        if !inside {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let start = self.start.saturating_add(part.start) as *mut libc::c_void;
+        // SAFETY: the range lies in the mapping; its contents stay the same.
+        if unsafe { libc::madvise(start, length(part) as usize, MADV_COLLAPSE) } == 0 {
+            return Ok(());
+        }
+        Err(io::Error::last_os_error())
+    }
+}
+
+impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: it was mapped by `new`, and nothing refers to it.
         unsafe { libc::munmap(self.start as *mut libc::c_void, self.length) };

@@ -13,6 +13,7 @@ use rustix::fs::SealFlags;
 
 use super::attended::Attended;
 use super::capture::{ARCHITECTURE, sealable};
+use super::hot::Hot;
 use super::names::{io_error, refusal, snapshot};
 use super::session::Answered;
 use super::templates::{Held, Part, read_only};
@@ -50,8 +51,7 @@ pub(super) fn answer(
             shared.store.remove(id, &ids(&call.live))?;
             // It is gone by now, whatever fails.
             let _ = shared.surroundings.at(Point::Removed);
-            shared.templates.remove(id);
-            touched::remove(&shared.touched, id);
+            forget(shared, id);
             plain(Answer::Done(v1::Done {}))
         }
         Call::Mark(call) => mark(shared, call),
@@ -70,6 +70,13 @@ pub(super) fn answer(
             Err(refusal(Code::Invalid, "this call belongs to a capture"))
         }
     }
+}
+
+/// Removes what is kept beside the store of a snapshot.
+fn forget(shared: &Shared, id: SnapshotId) {
+    shared.templates.remove(id);
+    shared.hot.remove(id);
+    touched::remove(&shared.touched, id);
 }
 
 fn ids(texts: &[String]) -> HashSet<SnapshotId> {
@@ -202,12 +209,20 @@ fn not_lazy(error: &v1::Error) {
 }
 
 /// A complete template of memory; one that is being made is waited for.
-fn memory_now(shared: &Shared, reader: &Reader) -> Result<Option<File>, v1::Error> {
+fn memory_now(shared: &Arc<Shared>, reader: &Reader) -> Result<Option<File>, v1::Error> {
     let length = reader.image(images::MEMORY)?.length;
     let id = reader.manifest().id;
     let turn = shared.templates.turn(id, Part::Memory);
     let _held = super::locked(&turn);
-    Ok(shared.templates.get(id, Part::Memory, length))
+    let Some(template) = shared.templates.get(id, Part::Memory, length) else {
+        shared.hot.remove(id);
+        return Ok(None);
+    };
+    let hot = shared.hot.get(id);
+    if hot.is_none() {
+        Hot::begin(shared, id, &template);
+    }
+    Ok(Some(hot.unwrap_or(template)))
 }
 
 /// Makes a template of what is complete elsewhere; what fails is only not cached.
@@ -464,8 +479,7 @@ fn collect(shared: &Shared, call: &v1::Collect) -> Answered {
         answer.kept = kept.map(|(id, why)| (id.to_string(), why)).collect();
         if !call.dry_run {
             for id in evicted.removed {
-                shared.templates.remove(id);
-                touched::remove(&shared.touched, id);
+                forget(shared, id);
             }
         }
     }

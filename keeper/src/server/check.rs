@@ -28,6 +28,9 @@ pub(super) fn templates(shared: &Shared) -> (u64, Vec<String>) {
             Ok(true) => {}
             Ok(false) => {
                 shared.templates.remove_part(id, part);
+                if part == Part::Memory {
+                    shared.hot.remove(id);
+                }
                 bad.push(format!("{id} {}", part.image()));
             }
             Err(error) => log::line(&format!("a template of {id} was not compared: {error}")),

@@ -5,6 +5,7 @@ mod calls;
 mod capture;
 mod check;
 mod digests;
+mod hot;
 mod lazy;
 mod log;
 mod names;
@@ -30,7 +31,7 @@ use belljar_store::{Settings, Store};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FlockOperation;
 
-use crate::{IDLE_VARIABLE, SOCKET, TEMPLATES_VARIABLE};
+use crate::{HOT_VARIABLE, IDLE_VARIABLE, SOCKET, TEMPLATES_VARIABLE};
 
 /// Unless [`IDLE_VARIABLE`] says.
 const IDLE: Duration = Duration::from_secs(20);
@@ -59,6 +60,8 @@ fn failed(what: &'static str) -> impl FnOnce(io::Error) -> ServerError {
 pub(crate) struct Shared {
     pub(crate) store: Store,
     pub(crate) templates: templates::Templates,
+    /// Those that are used again and again.
+    pub(crate) hot: hot::Hot,
     pub(crate) captures: capture::Captures,
     pub(crate) digests: digests::Digests,
     /// Memory that is being filled while guests run.
@@ -191,6 +194,7 @@ fn serve(surroundings: Arc<dyn Surroundings>) -> Result<(), ServerError> {
     let shared = Arc::new(Shared {
         store,
         templates,
+        hot: hot::Hot::new(number(HOT_VARIABLE)),
         captures: capture::Captures::default(),
         digests: digests::Digests::load(Path::new("digests")),
         lazies: lazy::Lazies::default(),

@@ -44,11 +44,22 @@ pub(crate) struct Bench<'a> {
     pub(crate) tracing: bool,
 }
 
+/// What is made before the clock begins.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Ahead {
+    #[default]
+    Nothing,
+    /// VM and vCPUs.
+    Vm,
+    /// Also RAM of this snapshot, with the recorded pages.
+    Memory,
+}
+
 /// How a guest is restored.
 #[derive(Clone, Default)]
 struct Way {
-    /// The VMM has made its VM ahead.
-    prepared: bool,
+    /// What the VMM has made ahead.
+    prepared: Ahead,
     /// The pages that a recorded run touched are brought in.
     recorded: Option<PathBuf>,
 }
@@ -86,6 +97,24 @@ fn pss_of(pid: u32) -> Result<f64> {
         .ok_or_else(|| Failure(format!("{path} tells no Pss")))
 }
 
+/// Has the page cache hold the memory file in huge pages.
+fn make_huge(saved: &Saved, all: &mut Vec<Samples>) -> Result<()> {
+    let file = fs::File::open(&saved.ram).attempt("no memory file")?;
+    let begun = Instant::now();
+    let done = belljar_keeper::huge::collapse(&file).attempt("cannot make huge pages")?;
+    all.push(Samples::one("template.huge", "ms", ms(begun.elapsed())));
+    if done.huge == 0 {
+        eprintln!("this kernel has no huge pages for the memory file: 'restore.huge' is without");
+    }
+    let blocks = file.metadata().attempt("no memory file")?.blocks();
+    all.push(Samples::one(
+        "template.huge_size",
+        "MB",
+        blocks as f64 * 512e-6,
+    ));
+    Ok(())
+}
+
 impl Bench<'_> {
     /// All measures of one VMM.
     pub(crate) fn measure(&self, sweep: bool) -> Result<Vec<Samples>> {
@@ -99,16 +128,30 @@ impl Bench<'_> {
             let reply = Some(self.record(&saved, 0)?);
             let touch = Some(self.record(&saved, TOUCHED)?);
             for (name, prepared, recorded) in [
-                ("restore.prepared", true, None),
-                ("restore.recorded", false, reply.clone()),
-                ("restore.recorded.prepared", true, reply),
-                ("restore.recorded_touch", false, touch),
+                ("restore.prepared", Ahead::Vm, None),
+                ("restore.recorded", Ahead::Nothing, reply.clone()),
+                ("restore.recorded.prepared", Ahead::Vm, reply.clone()),
+                ("restore.recorded_touch", Ahead::Nothing, touch.clone()),
             ] {
                 let way = Way { prepared, recorded };
                 self.restores(&saved, &way, name, &mut all)?;
             }
             for mib in CHANGED {
                 self.increment(&saved, mib, &mut all)?;
+            }
+            // The same file, as the keeper has it for whoever comes again.
+            make_huge(&saved, &mut all)?;
+            for (name, prepared, recorded) in [
+                ("restore.huge", Ahead::Nothing, None),
+                ("restore.huge.prepared", Ahead::Vm, None),
+                ("restore.huge.recorded", Ahead::Nothing, reply.clone()),
+                ("restore.huge.recorded.prepared", Ahead::Vm, reply.clone()),
+                ("restore.huge.recorded.expected", Ahead::Memory, reply),
+                ("restore.huge.recorded_touch", Ahead::Nothing, touch.clone()),
+                ("restore.huge.recorded_touch.prepared", Ahead::Vm, touch),
+            ] {
+                let way = Way { prepared, recorded };
+                self.restores(&saved, &way, name, &mut all)?;
             }
         }
         saved.remove();
@@ -216,9 +259,14 @@ impl Bench<'_> {
         let more: Vec<_> = recorded.map(|path| ("working_set", json!(path))).collect();
         for round in 0..RESTORES {
             let mut vmm = self.start()?;
-            if way.prepared {
-                vmm.api
-                    .put("/prepare", &json!({"vcpu_count": self.machine.vcpus}))?;
+            let vcpus = self.machine.vcpus;
+            match (way.prepared, &way.recorded) {
+                (Ahead::Nothing, _) => {}
+                (Ahead::Memory, Some(recorded)) => vmm.api.put(
+                    "/prepare",
+                    &json!({"vcpu_count": vcpus, "mem_file_path": saved.ram, "working_set": recorded}),
+                )?,
+                _ => vmm.api.put("/prepare", &json!({"vcpu_count": vcpus}))?,
             }
             let before = counters::read(vmm.pid(), self.tracing);
             let begun = Instant::now();
@@ -249,7 +297,7 @@ impl Bench<'_> {
             }
         }
         all.extend([returned, replied, touched, pss]);
-        if !way.prepared {
+        if way.prepared == Ahead::Nothing {
             all.push(from_start);
         }
         Ok(())

@@ -1,0 +1,144 @@
+//! Huge pages for memory that many guests share.
+//!
+//! A guest's RAM is a private view of a template. What it only reads is mapped 2 MiB at a time, in its VMM and in the guest, if
+//! the page cache has it so; else 4 KiB at a time, each with a fault. What `MADV_COLLAPSE` makes huge stays so as
+//! long as it is in memory, for everybody who maps the file at a like address; contents stay the same.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+
+use rustix::fs::{SeekFrom, seek};
+
+use crate::sys::Mapping;
+
+/// What is made huge at a time.
+pub const PIECE: u64 = 2 << 20;
+/// A piece of which less is data stays as it is: holes become memory in one that is huge.
+const LEAST_DATA: u64 = PIECE / 4;
+
+/// What became of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Collapsed {
+    /// Pieces that are huge now, or were before.
+    pub huge: u64,
+    /// Those that would be worth it and are not.
+    pub refused: u64,
+}
+
+/// Has the page cache hold a finished file in huge pages, where much of 2 MiB is data. It takes a file on a tmpfs, a
+/// memfd, or another file system that has huge pages; elsewhere all is refused.
+///
+/// # Errors
+/// The file cannot be mapped or looked through.
+pub fn collapse(file: &File) -> io::Result<Collapsed> {
+    let length = file.metadata()?.len();
+    let mut all = Collapsed::default();
+    if length < PIECE {
+        return Ok(all);
+    }
+    let mapping = Mapping::new(file, length, PIECE)?;
+    for piece in dense(file, length)? {
+        match mapping.collapse(&piece) {
+            Ok(()) => all.huge = all.huge.saturating_add(1),
+            Err(_) => all.refused = all.refused.saturating_add(1),
+        }
+        // What is refused from the start is refused to the end.
+        if all.huge == 0 && all.refused >= 4 {
+            break;
+        }
+    }
+    Ok(all)
+}
+
+/// Whole pieces with enough data. A piece without any is refused by the kernel (EINVAL).
+fn dense(file: &File, length: u64) -> io::Result<Vec<Range<u64>>> {
+    let mut pieces: Vec<(u64, u64)> = Vec::new();
+    let mut at = 0;
+    while let Some(data) = next_data(file, at, length)? {
+        let mut start = data.start;
+        while start < data.end {
+            let piece = start - start % PIECE;
+            let end = data.end.min(piece.saturating_add(PIECE));
+            let bytes = end.saturating_sub(start);
+            match pieces.last_mut() {
+                Some((last, sum)) if *last == piece => *sum = sum.saturating_add(bytes),
+                _ => pieces.push((piece, bytes)),
+            }
+            start = end;
+        }
+        at = data.end;
+    }
+    let whole = |piece: u64| piece..piece.saturating_add(PIECE);
+    Ok(pieces
+        .into_iter()
+        .filter(|(_, bytes)| *bytes >= LEAST_DATA)
+        .map(|(piece, _)| whole(piece))
+        .filter(|piece| piece.end <= length)
+        .collect())
+}
+
+/// The next run of data that begins at `at` or later.
+pub(crate) fn next_data(file: &File, at: u64, length: u64) -> io::Result<Option<Range<u64>>> {
+    if at >= length {
+        return Ok(None);
+    }
+    let start = match seek(file, SeekFrom::Data(at)) {
+        Ok(start) if start < length => start,
+        Ok(_) | Err(rustix::io::Errno::NXIO) => return Ok(None),
+        Err(errno) => return Err(errno.into()),
+    };
+    let end = seek(file, SeekFrom::Hole(start))?.min(length);
+    Ok(Some(start..end))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    fn memfd(length: u64) -> File {
+        let file: File = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC)
+            .unwrap()
+            .into();
+        file.set_len(length).unwrap();
+        file
+    }
+
+    #[test]
+    fn contents_stay_and_what_is_nearly_empty_stays_small() {
+        let file = memfd(5 * PIECE + 4096);
+        let bytes: Vec<u8> = (0..PIECE as usize).map(|at| (at / 7) as u8).collect();
+        // A whole one, a third with a gap in front, one page, nothing, a whole one, and an end that is none.
+        file.write_all_at(&bytes, 0).unwrap();
+        let third = bytes.len() / 3 / 4096 * 4096;
+        file.write_all_at(&bytes[..third], PIECE + 8192).unwrap();
+        file.write_all_at(&[9; 4096], 2 * PIECE).unwrap();
+        file.write_all_at(&bytes, 4 * PIECE).unwrap();
+        file.write_all_at(b"end", 5 * PIECE).unwrap();
+        let before = read(&file);
+        let pieces = dense(&file, 5 * PIECE + 4096).unwrap();
+        let starts: Vec<u64> = pieces.iter().map(|piece| piece.start / PIECE).collect();
+        assert_eq!(starts, [0, 1, 4]);
+        let done = collapse(&file).unwrap();
+        assert_eq!(done.huge + done.refused, 3, "{done:?}");
+        assert!(read(&file) == before, "contents changed");
+        let blocks = file.metadata().unwrap().blocks() * 512;
+        assert!(blocks <= 3 * PIECE + 2 * 4096, "{blocks} bytes, {done:?}");
+        // And once more: what is huge is found so.
+        assert_eq!(collapse(&file).unwrap(), done);
+    }
+
+    fn read(file: &File) -> Vec<u8> {
+        let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn empty_and_short_files_are_left_alone() {
+        for length in [0, 4096, PIECE, 3 * PIECE] {
+            assert_eq!(collapse(&memfd(length)).unwrap(), Collapsed::default());
+        }
+    }
+}
