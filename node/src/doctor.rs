@@ -368,7 +368,10 @@ fn userfaultfd() -> Check {
     let open_to_all = fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd")
         .is_ok_and(|text| text.trim() == "1");
     if sys::has_userfaultfd() && (privileged || open_to_all) {
-        Check::ok(name, "available (for restoring snapshots, later)")
+        Check::ok(
+            name,
+            "available (for guests that run before all of their memory is here)",
+        )
     } else {
         Check::note(
             name,

@@ -129,7 +129,7 @@ impl BootError {
 fn refused_remedy(path: &str) -> &'static str {
     match path {
         "/boot-source" => "name an x86-64 vmlinux or bzImage with --kernel, or run 'make kernel'",
-        "/machine-config" => "--cpus takes 1 to 32, --memory at least 32M",
+        "/machine-config" => "--cpus takes 1 to 32, --memory 32M to 512G",
         "/snapshot/load" => {
             "'belljar inspect SNAPSHOT' tells what it needs; this machine's processor or VMM may be another"
         }

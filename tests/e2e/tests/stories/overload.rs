@@ -128,6 +128,7 @@ fn ping_and_kill_answer_whatever_the_guest_is_full_of() {
         daemon(&sandbox, &format!("t{number}"), terminal.clone());
     }
     let slow = slow_ping(&sandbox);
+    eprintln!("{terminals} terminals: {slow:?}, at rest {at_rest:?}");
     assert!(slow <= limit, "{terminals} terminals: {slow:?}");
     assert_eq!(
         output(&sandbox, "ls /dev/pts | wc -l"),
