@@ -7,6 +7,8 @@
     clippy::indexing_slicing
 )]
 
+#[path = "../../tests/support/small_disk.rs"]
+mod small_disk;
 mod worse;
 
 use std::collections::HashMap;
@@ -15,12 +17,12 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use belljar_keeper::client::{Client, Keeper, KeeperError};
 use belljar_keeper::server::Point;
 use belljar_keeper::v1::{self, error::Code, reply::Result as Answer, request::Call};
+use small_disk::{Ballast, in_a_namespace, mount, mount_small};
 use worse::{Plan, Trouble, Worse};
 
 const MIB: u64 = 1 << 20;
@@ -469,70 +471,14 @@ fn a_pack_that_cannot_be_read_is_told_and_no_template_stays_half_filled() {
 
 // ---- Real file systems that are small, or cannot be written ----
 
-/// Runs a test of this file again, in a mount namespace of its own. `true`: this is that run.
-fn in_a_namespace(name: &str) -> bool {
-    if std::env::var_os("FAULTS_NAMESPACE").is_some() {
-        return true;
-    }
-    let this = std::env::current_exe().unwrap();
-    let mut command = Command::new("unshare");
-    if !rustix::process::geteuid().is_root() {
-        command.args(["--user", "--map-root-user"]);
-    }
-    let done = command
-        .args(["--mount", "--propagation", "private"])
-        .arg(this)
-        .args(["--exact", name, "--nocapture"])
-        .env("FAULTS_NAMESPACE", "1")
-        .status()
-        .expect("util-linux is installed");
-    assert!(done.success(), "{name} failed in its namespace");
-    false
-}
-
 /// A place on a file system in memory of so many MiB.
 fn small(mib: u64) -> Place {
     let dir = tempfile::tempdir().unwrap();
-    mount(
-        &["-t", "tmpfs", "-o", &format!("size={mib}m"), "small"],
-        dir.path(),
-    );
+    mount_small(mib, dir.path());
     let mut place = Place::of(dir);
     place.is_mounted = true;
     Plan::NONE.write(place.dir.path());
     place
-}
-
-fn mount(arguments: &[&str], path: &Path) {
-    // A keeper that was killed takes a moment to close its files.
-    let deadline = Instant::now() + Duration::from_secs(10);
-    let done = || Command::new("mount").args(arguments).arg(path).status();
-    while !done().unwrap().success() {
-        assert!(Instant::now() < deadline, "mount {arguments:?}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
-
-/// Takes all space but so many KiB; given back when it is dropped.
-struct Ballast(PathBuf);
-
-impl Ballast {
-    fn leaving(place: &Place, kib: u64) -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = place.dir.path().join(format!("ballast-{number}"));
-        let free = rustix::fs::statvfs(place.dir.path()).unwrap();
-        let take = (free.f_bavail * free.f_frsize).saturating_sub(kib << 10);
-        let file = File::create(&path).unwrap();
-        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, take).unwrap();
-        Self(path)
-    }
-}
-
-impl Drop for Ballast {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
 }
 
 fn no_space<T: std::fmt::Debug>(result: Result<T, KeeperError>) {
@@ -565,7 +511,7 @@ fn on_a_full_file_system_nothing_is_half_there_and_room_helps() {
 
     // It is told before anything is written if it is known what will be.
     {
-        let _ballast = Ballast::leaving(&place, 1024);
+        let _ballast = Ballast::leaving(place.dir.path(), 1024 << 10);
         let begin = v1::Begin {
             memory_bytes: MEMORY,
             expected_bytes: MEMORY,
@@ -573,7 +519,7 @@ fn on_a_full_file_system_nothing_is_half_there_and_room_helps() {
         };
         no_space(client.call(Call::Begin(begin), &[], |_| {}));
         let file = File::create(place.dir.path().join("full")).unwrap();
-        let _rest = Ballast::leaving(&place, 0);
+        let _rest = Ballast::leaving(place.dir.path(), 0);
         no_space(export(&mut client, &file));
     }
     // It runs full while it is stored, at one moment or another.
@@ -591,7 +537,7 @@ fn on_a_full_file_system_nothing_is_half_there_and_room_helps() {
         for (number, page) in pages(seed) {
             files[1].write_all_at(&page, number * 4096).unwrap();
         }
-        let _ballast = Ballast::leaving(&place, left);
+        let _ballast = Ballast::leaving(place.dir.path(), left << 10);
         let keep = v1::Keep {
             has_memory: true,
             memory_bytes: MEMORY,
@@ -626,7 +572,7 @@ fn on_a_full_file_system_nothing_is_half_there_and_room_helps() {
     // A restore needs room for a template; the snapshot itself is as good as before.
     place.forget_templates();
     {
-        let _ballast = Ballast::leaving(&place, 4000);
+        let _ballast = Ballast::leaving(place.dir.path(), 4000 << 10);
         no_space(open(&mut client, "first"));
     }
     let files = open(&mut client, "first").unwrap();
@@ -651,7 +597,7 @@ fn on_a_full_file_system_nothing_is_half_there_and_room_helps() {
         client.call(call, &[std::os::fd::AsFd::as_fd(&file)], |_| {})
     };
     {
-        let _ballast = Ballast::leaving(&place, 40);
+        let _ballast = Ballast::leaving(place.dir.path(), 40 << 10);
         no_space(import(&mut client));
         assert_eq!(list(&mut client).unwrap(), []);
     }

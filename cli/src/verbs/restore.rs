@@ -32,6 +32,13 @@ struct GoingBack {
     stages: bool,
 
     #[command(flatten)]
+    parts: Parts,
+}
+
+/// What takes part when a guest is loaded.
+#[derive(Debug, clap::Args)]
+struct Parts {
+    #[command(flatten)]
     machine: MachineOptions,
 
     #[command(flatten)]
@@ -91,14 +98,14 @@ fn make(args: &Args, stages: &mut Stages) -> Result<u8, Failure> {
     };
     let signals = SignalFd::new(&SIGNALS).map_err(Failure::new)?;
     let limits = Limits {
-        boot: args.going_back.boot.limit(),
+        boot: args.going_back.parts.boot.limit(),
         cancel: Some(signals.as_fd()),
     };
     let from = From {
         snapshot: &args.snapshot,
         image: args.going_back.image.clone(),
-        keeper: &args.going_back.keeper,
-        machine: &args.going_back.machine,
+        keeper: &args.going_back.parts.keeper,
+        machine: &args.going_back.parts.machine,
     };
     let sandbox = from.restore(&clone, limits, stages)?;
     let dir = sandbox.release()?;
@@ -195,15 +202,15 @@ fn go_back(args: &ResetArgs, stages: &mut Stages) -> Result<u8, Failure> {
     let found = options::find(&args.sandbox)?;
     let host = Host {
         root: &root,
-        programs: &args.going_back.machine.programs(),
-        assets: &args.going_back.machine.assets()?,
+        programs: &args.going_back.parts.machine.programs(),
+        assets: &args.going_back.parts.machine.assets()?,
         // Half a reset would be worse than a whole one: it is not interrupted.
         limits: Limits {
-            boot: args.going_back.boot.limit(),
+            boot: args.going_back.parts.boot.limit(),
             cancel: None,
         },
     };
-    let keeper = args.going_back.keeper.keeper(&root);
+    let keeper = args.going_back.parts.keeper.keeper(&root);
     let (snapshot, image) = (args.snapshot.as_deref(), args.going_back.image.as_deref());
     let why = match snapshots::reset(host, &keeper, &found, snapshot, image, stages)? {
         Reset::InPlace(warnings) => {
@@ -266,13 +273,7 @@ pub(crate) struct ForkArgs {
     output: Option<Format>,
 
     #[command(flatten)]
-    machine: MachineOptions,
-
-    #[command(flatten)]
-    boot: BootOptions,
-
-    #[command(flatten)]
-    keeper: KeeperOptions,
+    parts: Parts,
 }
 
 /// Returns the exit status.
@@ -283,10 +284,10 @@ pub(crate) fn fork(args: &ForkArgs) -> u8 {
 fn make_clones(args: &ForkArgs) -> Result<u8, Failure> {
     let root = StateRoot::locate()?;
     let found = options::find(&args.sandbox)?;
-    let assets = args.machine.assets()?;
+    let assets = args.parts.machine.assets()?;
     let signals = SignalFd::new(&SIGNALS).map_err(Failure::new)?;
     let limits = Limits {
-        boot: args.boot.limit(),
+        boot: args.parts.boot.limit(),
         cancel: Some(signals.as_fd()),
     };
     let fork = Fork {
@@ -296,11 +297,11 @@ fn make_clones(args: &ForkArgs) -> Result<u8, Failure> {
     };
     let host = Host {
         root: &root,
-        programs: &args.machine.programs(),
+        programs: &args.parts.machine.programs(),
         assets: &assets,
         limits,
     };
-    let keeper = args.keeper.keeper(&root);
+    let keeper = args.parts.keeper.keeper(&root);
     let as_json = matches!(args.output, Some(Format::Json));
     let forked = snapshots::fork(host, &keeper, &found, &fork, |id, warnings| {
         if !as_json {

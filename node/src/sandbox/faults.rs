@@ -1,66 +1,15 @@
 //! Making and restoring sandboxes where the file system is full, or cannot be written: on real ones, in a mount
 //! namespace of their own.
 
-use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use super::create_with;
+use super::small_disk::{Ballast, in_a_namespace, mount, mount_small};
 use crate::snapshots::{Saved, Source};
 use crate::state::spec::{Life, SandboxSpec};
 use crate::state::{self, SandboxDir, StateRoot};
 
 const MIB: u64 = 1 << 20;
-
-/// Runs a test of this file again, in such a namespace. `true`: this is that run.
-fn in_a_namespace(name: &str) -> bool {
-    if std::env::var_os("FAULTS_NAMESPACE").is_some() {
-        return true;
-    }
-    let mut command = Command::new("unshare");
-    if !rustix::process::geteuid().is_root() {
-        command.args(["--user", "--map-root-user"]);
-    }
-    let done = command
-        .args(["--mount", "--propagation", "private"])
-        .arg(std::env::current_exe().unwrap())
-        .args([
-            "--exact",
-            &format!("sandbox::faults::{name}"),
-            "--nocapture",
-        ])
-        .env("FAULTS_NAMESPACE", "1")
-        .status()
-        .expect("util-linux is installed");
-    assert!(done.success(), "{name} failed in its namespace");
-    false
-}
-
-fn mount(arguments: &[&str], path: &Path) {
-    let done = Command::new("mount").args(arguments).arg(path).status();
-    assert!(done.unwrap().success(), "mount {arguments:?}");
-}
-
-/// Takes all space but so much; given back when it is dropped.
-struct Ballast(PathBuf);
-
-impl Ballast {
-    fn leaving(root: &StateRoot, bytes: u64) -> Self {
-        let path = root.dir().join("ballast");
-        let free = rustix::fs::statvfs(root.dir()).unwrap();
-        let take = (free.f_bavail * free.f_frsize).saturating_sub(bytes);
-        let file = File::create(&path).unwrap();
-        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, take).unwrap();
-        Self(path)
-    }
-}
-
-impl Drop for Ballast {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
 
 fn spec(name: &str) -> SandboxSpec {
     SandboxSpec {
@@ -94,11 +43,11 @@ fn disk(dir: &SandboxDir) -> Vec<u8> {
 
 #[test]
 fn what_does_not_fit_leaves_all_as_it_was() {
-    if !in_a_namespace("what_does_not_fit_leaves_all_as_it_was") {
+    if !in_a_namespace("sandbox::faults::what_does_not_fit_leaves_all_as_it_was") {
         return;
     }
     let place = tempfile::tempdir().unwrap();
-    mount(&["-t", "tmpfs", "-o", "size=8m", "small"], place.path());
+    mount_small(8, place.path());
     let root = StateRoot::at(place.path()).unwrap();
     let old = |dir: &SandboxDir| {
         std::fs::write(dir.file(state::DISK), b"old").unwrap();
@@ -107,7 +56,7 @@ fn what_does_not_fit_leaves_all_as_it_was() {
     let (dir, lock) = create_with(&root, &spec("first"), old).unwrap();
     let source = source();
     {
-        let _ballast = Ballast::leaving(&root, MIB);
+        let _ballast = Ballast::leaving(root.dir(), MIB);
         // A reset, which copies before it stops anything.
         let error = source.prepare(&dir, true).unwrap_err().to_string();
         assert!(
@@ -123,7 +72,7 @@ fn what_does_not_fit_leaves_all_as_it_was() {
         assert_eq!(root.list().unwrap().len(), 1);
     }
     {
-        let _ballast = Ballast::leaving(&root, 0);
+        let _ballast = Ballast::leaving(root.dir(), 0);
         let other = SandboxSpec {
             vcpus: 7,
             ..spec("first")

@@ -7,6 +7,9 @@ mod faults;
 mod plan;
 mod record;
 mod restore;
+#[cfg(test)]
+#[path = "../../../tests/support/small_disk.rs"]
+mod small_disk;
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};

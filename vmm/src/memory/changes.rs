@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use super::handled::Faults;
 use super::ranges::RangeSet;
-use super::template::Zeroed;
+use super::template::{MAX_RANGES, Zeroed};
 use super::userfault::{self, Userfault};
 use super::{GuestRam, Slot, scan, slots};
 
@@ -100,10 +100,16 @@ impl Changes {
         if !missing {
             return fault.register(&whole, userfault::Watch::Writes);
         }
+        let zeroed = self.zeroed.get();
+        // Each range is a mapping of its own. A guest may have given back more of them than there can be mappings;
+        // then whoever brings pages in is asked, and knows that they are zero (a view of a template has fewer).
+        if zeroed.len() > MAX_RANGES {
+            return fault.register(&whole, userfault::Watch::Both);
+        }
         // What was given back is zero where it is missing: nobody need be asked.
         let mut asked = RangeSet::default();
         asked.insert(whole);
-        for range in self.zeroed.get().within(&slot.guest_range()) {
+        for range in zeroed.within(&slot.guest_range()) {
             let start = slot.host_start + (range.start - slot.guest_start);
             let host = start..start + (range.end - range.start);
             fault.register(&host, userfault::Watch::Writes)?;
@@ -287,6 +293,27 @@ mod tests {
         changes.forget();
         changes.finish(taken, false);
         assert_eq!(pages(&mut changes, &ram, true), None);
+    }
+
+    #[test]
+    fn a_guest_that_gives_back_every_other_page_costs_no_mapping_for_each() {
+        let ram = allocate(64).unwrap();
+        let Ok(faults) = Faults::begin(&ram, true) else {
+            eprintln!("skipped: no rights to /dev/userfaultfd");
+            return;
+        };
+        let zeroed = Zeroed::default();
+        for number in 0..8000 {
+            zeroed.insert(number * 2 * PAGE..(number * 2 + 1) * PAGE);
+        }
+        let mappings = || {
+            let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+            maps.lines().count()
+        };
+        let before = mappings();
+        let mut changes = Changes::beside(zeroed, &faults).unwrap();
+        changes.watch(&ram).unwrap();
+        assert!(mappings() < before + 1000, "{before}, {}", mappings());
     }
 
     #[test]

@@ -16,7 +16,7 @@ use super::{GuestRam, MemoryError, build, map_aligned, slots};
 const PAGE: u64 = 4096;
 /// Most separate ranges that are replaced by zeros. Each can cost two mappings, of which a process
 /// has 65,530; a guest that scatters more keeps its pages.
-const MAX_RANGES: usize = 4096;
+pub(super) const MAX_RANGES: usize = 4096;
 
 /// Guest-physical ranges that became zero behind the guest's back and so look unchanged.
 #[derive(Clone, Default)]
