@@ -159,7 +159,7 @@ fn a_snapshot_is_not_removed_while_it_is_brought_in_and_leaves_nothing_afterward
     };
     client.call(Call::Mark(mark), &[], |_| {}).unwrap();
     let remove = v1::Remove {
-        snapshot: id.clone(),
+        snapshot: id,
         live: Vec::new(),
     };
     let collect = v1::Collect {
@@ -167,7 +167,7 @@ fn a_snapshot_is_not_removed_while_it_is_brought_in_and_leaves_nothing_afterward
         ..v1::Collect::default()
     };
     // Nothing is named, live or in the way of the smallest budget; but it is being read.
-    let (code, message) = refused(client.call(Call::Remove(remove.clone()), &[], |_| {}));
+    let (code, message) = refused(client.call(Call::Remove(remove), &[], |_| {}));
     assert_eq!(code, Code::Kept, "{message}");
     let budget = v1::SetBudget {
         store_bytes: Some(1),
