@@ -80,6 +80,47 @@ pub(crate) fn create_as<M: Medium>(
         .map_err(Error::io(name, "make it a layer"))
 }
 
+/// What a layer's header says of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// What names the state of the disk that it holds.
+    pub id: LayerId,
+    /// The layer below it.
+    pub parent: LayerId,
+    /// Bytes of the disk.
+    pub size: u64,
+    pub state: State,
+}
+
+/// Reads the header alone: of a layer that somebody writes, too.
+///
+/// # Errors
+/// It is no layer, its header is damaged, or it cannot be read.
+pub fn head<M: Medium>(medium: &M, name: &str) -> Result<Head> {
+    let length = medium.length().map_err(Error::io(name, "find its size"))?;
+    let (header, _) = newest_header(medium, name, length)?;
+    Ok(Head {
+        id: header.id,
+        parent: header.parent,
+        size: header.size,
+        state: header.state,
+    })
+}
+
+fn newest_header<M: Medium>(medium: &M, name: &str, length: u64) -> Result<(Header, Slot)> {
+    let mut headers = [EMPTY; 2];
+    if length < MAP_OFFSET {
+        return Err(Error::damaged(name)(Damage::Magic));
+    }
+    for (slot, block) in (0u64..).zip(&mut headers) {
+        medium
+            .read(block, slot * BLOCK as u64)
+            .map_err(Error::io(name, "read its header"))?;
+    }
+    let [first, second] = &headers;
+    Header::newest([first, second]).map_err(Error::damaged(name))
+}
+
 impl<M: Medium> Layer<M> {
     /// Reads header and map of `medium`. Nothing of them is believed that cannot be.
     ///
@@ -90,19 +131,8 @@ impl<M: Medium> Layer<M> {
     }
 
     pub(crate) fn read(medium: M, name: &str) -> Result<(Self, Bitmap)> {
-        let mut headers = [EMPTY; 2];
         let length = medium.length().map_err(Error::io(name, "find its size"))?;
-        if length < MAP_OFFSET {
-            return Err(Error::damaged(name)(Damage::Magic));
-        }
-        for (slot, block) in (0u64..).zip(&mut headers) {
-            medium
-                .read(block, slot * BLOCK as u64)
-                .map_err(Error::io(name, "read its header"))?;
-        }
-        let [first, second] = &headers;
-        let (header, header_slot) =
-            Header::newest([first, second]).map_err(Error::damaged(name))?;
+        let (header, header_slot) = newest_header(&medium, name, length)?;
         let geometry = Geometry::of(header.size).ok_or(Error::BadSize { size: header.size })?;
         if length != geometry.file_size() {
             return Err(Error::Length {

@@ -38,7 +38,7 @@ pub use build::{Builder, merge};
 pub use error::{Error, Result};
 pub use format::State;
 pub use format::{Damage, LayerId, MAX_SIZE};
-pub use layer::{Layer, create};
+pub use layer::{Head, Layer, create, head};
 pub use medium::Medium;
 pub use stack::{Flush, Next, Run, Stack};
 pub use view::{Content, Extent, Extents, View};

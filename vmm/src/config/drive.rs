@@ -90,6 +90,12 @@ pub struct DrivePatch {
     pub drive_id: String,
     /// `None`: the guest is only told to read the size again.
     pub path_on_host: Option<Source>,
+    /// Ours: all other layers, with the base image as `path_on_host`, behind a layered drive of a paused guest.
+    /// What was written to the ones before is lost to it.
+    pub layers: Vec<Source>,
+    /// Ours: for a layered drive of a paused guest, and then alone. The top layer is frozen, and this file is
+    /// written from then on.
+    pub next_layer: Option<Source>,
     /// Ours: for a layered drive, and then alone.
     pub merged_layers: Option<MergedLayers>,
 }
@@ -136,6 +142,10 @@ struct RawPatch {
     drive_id: String,
     #[serde(default)]
     path_on_host: Option<Source>,
+    #[serde(default)]
+    layers: Vec<Source>,
+    #[serde(default)]
+    next_layer: Option<Source>,
     #[serde(default)]
     merged_layers: Option<MergedLayers>,
     #[serde(default)]
@@ -189,15 +199,31 @@ impl TryFrom<RawPatch> for DrivePatch {
     fn try_from(raw: RawPatch) -> Result<Self, ConfigError> {
         check_id("drive_id", &raw.drive_id)?;
         refuse("rate_limiter", raw.rate_limiter.as_ref(), NO_RATE_LIMITER)?;
-        if raw.path_on_host.is_some() && raw.merged_layers.is_some() {
+        if !raw.layers.is_empty() {
+            check_layers(Format::Layers, &raw.layers)?;
+            if raw.path_on_host.is_none() {
+                return Err(ConfigError::new(
+                    "layers",
+                    "path_on_host, the base image that they lie over, is missing",
+                ));
+            }
+        }
+        let files = raw.path_on_host.is_some();
+        let next = raw.next_layer.is_some();
+        if raw.merged_layers.is_some() && (files || next) {
             return Err(ConfigError::new(
                 "merged_layers",
                 "stands alone: the file of the merged layer is its own path_on_host",
             ));
         }
+        if next && files {
+            return Err(ConfigError::new("next_layer", "stands alone"));
+        }
         Ok(Self {
             drive_id: raw.drive_id,
             path_on_host: raw.path_on_host,
+            layers: raw.layers,
+            next_layer: raw.next_layer,
             merged_layers: raw.merged_layers,
         })
     }
@@ -219,15 +245,16 @@ pub(super) fn check_layers(format: Format, layers: &[Source]) -> Result<(), Conf
     }
 }
 
-/// A layer's map becomes durable when the guest flushes: without flushes nothing would be kept.
+/// A layer's map becomes durable when the guest flushes. With `Volatile` it does so only at a snapshot and when the
+/// VMM ends in order; a guest without flushes could not go on with `Writeback`.
 fn cache_type(format: Format, given: Option<CacheType>) -> Result<CacheType, ConfigError> {
     match (format, given) {
         (Format::Raw, given) => Ok(given.unwrap_or_default()),
-        (Format::Layers, Some(CacheType::Unsafe | CacheType::Volatile)) => Err(ConfigError::new(
+        (Format::Layers, Some(CacheType::Unsafe)) => Err(ConfigError::new(
             "cache_type",
-            "a drive with format \"layers\" is always \"Writeback\"",
+            "a drive with format \"layers\" is \"Writeback\", or \"Volatile\" if it need not outlive the VMM",
         )),
-        (Format::Layers, _) => Ok(CacheType::Writeback),
+        (Format::Layers, given) => Ok(given.unwrap_or(CacheType::Writeback)),
     }
 }
 
@@ -290,16 +317,30 @@ mod tests {
                 r#", "format": "layers", "layers": ["a"], "cache_type": "Unsafe""#,
                 "Writeback",
             ),
-            (
-                r#", "format": "layers", "layers": ["a"], "cache_type": "Volatile""#,
-                "Writeback",
-            ),
         ] {
             let error = drive(fields).unwrap_err();
             assert!(error.contains(says), "{error}: {says}");
         }
-        let patch = br#"{"drive_id": "d", "path_on_host": "a",
-            "merged_layers": {"count": 2, "path_on_host": "b"}}"#;
-        assert!(parse::<DrivePatch>(patch).is_err());
+        let merged = r#""merged_layers": {"count": 2, "path_on_host": "b"}"#;
+        for (fields, says) in [
+            (&*format!(r#""path_on_host": "a", {merged}"#), "alone"),
+            (&format!(r#""next_layer": "a", {merged}"#), "alone"),
+            (r#""path_on_host": "a", "next_layer": "b""#, "alone"),
+            (r#""layers": ["a"]"#, "path_on_host"),
+            (
+                r#""path_on_host": "a", "layers": ["a","a","a","a","a","a","a","a","a"]"#,
+                "1 to 8",
+            ),
+        ] {
+            let patch = format!(r#"{{"drive_id": "d", {fields}}}"#);
+            let error = parse::<DrivePatch>(patch.as_bytes()).unwrap_err();
+            assert!(error.to_string().contains(says), "{error}: {says}");
+        }
+    }
+
+    #[test]
+    fn layers_that_need_not_outlive_the_vmm_are_volatile() {
+        let fields = r#", "format": "layers", "layers": ["a"], "cache_type": "Volatile""#;
+        assert_eq!(drive(fields).unwrap().cache_type, CacheType::Volatile);
     }
 }

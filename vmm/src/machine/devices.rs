@@ -2,8 +2,8 @@
 use super::guest::Guest;
 use crate::api::{Body, Effect, Fault};
 use crate::backend::disk::FileId;
-use crate::backend::layers::{self, Named};
-use crate::config::{Descriptors, DrivePatch, Expect};
+use crate::backend::layers::{self, LayersError, Named};
+use crate::config::{Descriptors, DrivePatch, Expect, Source};
 use crate::metrics::Registry;
 use crate::virtio::balloon::BalloonHandle;
 
@@ -41,12 +41,10 @@ fn update_drive(guest: &Guest, descriptors: &Descriptors, patch: &DrivePatch) ->
         return Err(Fault::new(format!("drive_id: there is no drive {id:?}")));
     };
     if let Some(handle) = &drive.layers {
-        return update_layers(handle, descriptors, patch);
+        return update_layers(handle, drive.read_only, descriptors, patch);
     }
-    if patch.merged_layers.is_some() {
-        return Err(Fault::new(format!(
-            "merged_layers: drive {id:?} has no layers"
-        )));
+    if patch.merged_layers.is_some() || patch.next_layer.is_some() || !patch.layers.is_empty() {
+        return Err(Fault::new(format!("drive {id:?} has no layers")));
     }
     let Some(path) = &patch.path_on_host else {
         drive.control.rescan();
@@ -77,25 +75,51 @@ fn update_drive(guest: &Guest, descriptors: &Descriptors, patch: &DrivePatch) ->
         .map_err(Fault::from_error)
 }
 
+/// Of a paused guest, unless layers are merged: its drives are drained.
 fn update_layers(
     handle: &layers::Handle,
+    read_only: bool,
     descriptors: &Descriptors,
     patch: &DrivePatch,
 ) -> Result<(), Fault> {
     let id = &patch.drive_id;
-    let Some(merged) = &patch.merged_layers else {
+    let open = |field: &str, source: &Source, expect| {
+        let field = format!("drive {id:?}: {field}");
+        let file = descriptors.open(&field, source, expect);
+        let name = source.to_string();
+        file.map(|file| Named { file, name })
+            .map_err(Fault::from_error)
+    };
+    let failed = |field: &'static str| {
+        move |error: LayersError| Fault::new(format!("drive {id:?}: {field}: {error}"))
+    };
+    if let Some(merged) = &patch.merged_layers {
+        let file = open("merged_layers", &merged.path_on_host, Expect::ReadFile)?;
+        let done = handle.replace_lowest(merged.count, file);
+        return done.map_err(failed("merged_layers"));
+    }
+    if let Some(next) = &patch.next_layer {
+        let file = open("next_layer", next, Expect::WriteDisk)?;
+        let done = handle.next(file).and_then(|next| handle.freeze(next));
+        return done.map_err(failed("next_layer"));
+    }
+    let (Some(base), [_, ..]) = (&patch.path_on_host, patch.layers.as_slice()) else {
         return Err(Fault::new(format!(
-            "drive {id:?}: a layered drive keeps its size and its files; only merged_layers can be set"
+            "drive {id:?}: a layered drive keeps its size and its image; layers, next_layer or merged_layers can be set"
         )));
     };
-    let field = format!("drive {id:?}: merged_layers");
-    let file = descriptors
-        .open(&field, &merged.path_on_host, Expect::ReadFile)
-        .map_err(Fault::from_error)?;
-    let name = merged.path_on_host.to_string();
-    handle
-        .replace_lowest(merged.count, Named { file, name })
-        .map_err(|error| Fault::new(format!("{field}: {error}")))
+    let base = open("path_on_host", base, Expect::ReadDisk)?;
+    let top = patch.layers.len().checked_sub(1).filter(|_| !read_only);
+    let layers = patch.layers.iter().enumerate().map(|(index, layer)| {
+        let expect = match Some(index) == top {
+            true => Expect::WriteDisk,
+            false => Expect::ReadDisk,
+        };
+        open("layers", layer, expect)
+    });
+    let layers = layers.collect::<Result<_, _>>()?;
+    let done = handle.replace(base, layers, read_only);
+    done.map_err(failed("layers"))
 }
 
 /// Copies what devices count into the metrics; before every line that is written.

@@ -16,8 +16,8 @@ use crate::api::Fault;
 use crate::arch::x86_64::{cpuid, layout};
 use crate::backend::page_handler::{HandlerError, PageHandler};
 use crate::config::{
-    Descriptors, Discovery, Drive, DriveOverride, Expect, Format, MAX_LAYERS, MemoryBackend,
-    OpenError, SnapshotLoad, Source, VmConfig, Vsock,
+    CacheType, Descriptors, Discovery, Drive, DriveOverride, Expect, Format, MAX_LAYERS,
+    MemoryBackend, OpenError, SnapshotLoad, Source, VmConfig, Vsock,
 };
 use crate::kvm::{Vcpu, Vm};
 use crate::log_debug;
@@ -59,7 +59,9 @@ pub(super) enum LoadError {
     },
     #[error("drive_overrides: the snapshot has no drive {0:?}")]
     NoDrive(String),
-    #[error("drive_overrides: drive {0:?} has no layers in the snapshot, or more than 8 are named")]
+    #[error(
+        "drive_overrides: drive {0:?} cannot have layers: it is read-only or \"Unsafe\" in the snapshot, or more than 8 are named"
+    )]
     Layers(String),
     #[error("only_overrides: the snapshot has a {0} for which no file of this machine was named")]
     NotOverridden(String),
@@ -421,16 +423,20 @@ fn override_config(
 
 fn override_drive(drive: &mut Drive, files: &DriveOverride) -> Result<(), LoadError> {
     if !files.layers.is_empty() {
-        if drive.format != Format::Layers || files.layers.len() > MAX_LAYERS {
+        // To its guest a raw drive that is written, with flushes, is the same.
+        let fits = drive.format == Format::Layers
+            || !drive.is_read_only && drive.cache_type != CacheType::Unsafe;
+        if !fits || files.layers.len() > MAX_LAYERS {
             return Err(LoadError::Layers(drive.drive_id.clone()));
         }
+        drive.format = Format::Layers;
         drive.layers.clone_from(&files.layers);
     }
     if let Some(source) = &files.path_on_host {
         drive.path_on_host.clone_from(source);
     }
     if let Some(cache_type) = files.cache_type
-        && drive.format == Format::Raw
+        && (drive.format == Format::Raw || cache_type != CacheType::Unsafe)
     {
         drive.cache_type = cache_type;
     }
@@ -546,5 +552,25 @@ mod tests {
         assert!(overridden(r#""layers": ["mine"]"#).is_err());
         assert!(overridden(r#""path_on_host": "mine""#).is_err());
         assert!(overridden(r#""path_on_host": "mine", "layers": ["mine"]"#).is_ok());
+    }
+
+    #[test]
+    fn a_raw_drive_with_flushes_becomes_a_layered_one() {
+        let overridden = |cache: &str| {
+            let saved = format!(
+                r#"{{"drives": [{{"drive_id": "a", "path_on_host": "/old", "is_root_device": false,
+                "cache_type": "{cache}"}}]}}"#
+            );
+            let mut config: VmConfig = parse(saved.as_bytes()).unwrap();
+            let load = br#"{"snapshot_path": "s", "mem_file_path": "m", "drive_overrides": [{"drive_id": "a",
+                "path_on_host": "base", "layers": ["top"], "cache_type": "Writeback"}]}"#;
+            let load: SnapshotLoad = parse(load).unwrap();
+            override_config(&mut config, &load, &VmConfig::default()).map(|()| config)
+        };
+        let config = overridden("Volatile").unwrap();
+        assert_eq!(config.drives[0].format, Format::Layers);
+        assert_eq!(config.drives[0].cache_type, CacheType::Writeback);
+        assert_eq!(config.drives[0].layers.len(), 1);
+        assert!(overridden("Unsafe").is_err());
     }
 }

@@ -128,6 +128,40 @@ fn a_snapshot_freezes_a_layer_and_clones_have_their_own() {
     let answer = vmm.call("PATCH", "/drives/disk", other);
     assert!(answer.refused().contains("merged_layers"), "{answer:?}");
     wait_for(&dir.join("out"), 100);
+
+    // Of a paused guest alone the top layer is frozen, and all files may become others.
+    for name in ["four", "five", "six"] {
+        empty(dir, name);
+    }
+    let base = File::create(dir.join("image")).unwrap();
+    base.set_len(SIZE).unwrap();
+    let next = r#"{"drive_id": "disk", "next_layer": "four"}"#;
+    let others = r#"{"drive_id": "disk", "path_on_host": "image", "layers": ["five"]}"#;
+    for change in [next, others] {
+        let answer = vmm.call("PATCH", "/drives/disk", change);
+        assert!(answer.refused().contains("is running"), "{answer:?}");
+    }
+    vmm.patch(PAUSE);
+    vmm.patch(("/drives/disk", next));
+    assert_eq!(layers(&vmm), r#"["merged","three","four"]"#);
+    let (three, _) = open(dir, "three");
+    let head = belljar_layers::head(&three, "three").unwrap();
+    assert_eq!(head.state, belljar_layers::State::Frozen);
+    File::create(dir.join("large"))
+        .unwrap()
+        .set_len(2 * SIZE)
+        .unwrap();
+    let large = others.replace("image", "large").replace("five", "six");
+    let answer = vmm.call("PATCH", "/drives/disk", &large);
+    assert!(answer.refused().contains("2097152 bytes"), "{answer:?}");
+    let answer = vmm.call("PATCH", "/drives/disk", &others.replace("five", "clone"));
+    assert!(answer.refused().contains("in use"), "{answer:?}");
+    assert_eq!(layers(&vmm), r#"["merged","three","four"]"#);
+    vmm.patch(("/drives/disk", others));
+    assert_eq!(layers(&vmm), r#"["five"]"#);
+    let config = vmm.call("GET", "/vm/config", "").body;
+    assert!(config.contains(r#""path_on_host":"image""#), "{config}");
+    vmm.patch(RESUME);
     vmm.kill();
     clone.kill();
     // Also when nobody else has it open.
@@ -137,7 +171,7 @@ fn a_snapshot_freezes_a_layer_and_clones_have_their_own() {
     again.kill();
 
     let mut bytes = [0; 4096];
-    stack(dir, &["merged", "three"])
+    stack(dir, &["merged", "three", "four"])
         .read(&mut bytes, 4096)
         .unwrap();
     assert_eq!(bytes, [1; 4096]);

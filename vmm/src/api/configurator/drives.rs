@@ -1,5 +1,5 @@
 //! Drives: which there may be, and what is behind them.
-use super::{Configurator, Effect, MAX_DRIVES, Outcome};
+use super::{Configurator, Effect, MAX_DRIVES, Outcome, Phase};
 use crate::api::Fault;
 use crate::config::{Drive, DrivePatch, Source};
 
@@ -48,7 +48,16 @@ impl Configurator {
                 patch.drive_id
             )));
         }
+        if (!patch.layers.is_empty() || patch.next_layer.is_some()) && self.phase != Phase::Paused {
+            return Err(Fault::new(
+                "PATCH /drives: the guest is running; PATCH /vm {\"state\": \"Paused\"} before its layers change",
+            ));
+        }
         self.check_source("path_on_host", patch.path_on_host.as_ref())?;
+        for layer in &patch.layers {
+            self.check_source("layers", Some(layer))?;
+        }
+        self.check_source("next_layer", patch.next_layer.as_ref())?;
         let merged = patch.merged_layers.as_ref();
         self.check_source("merged_layers", merged.map(|merged| &merged.path_on_host))?;
         Ok(Effect::UpdateDrive(patch))

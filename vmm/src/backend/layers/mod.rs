@@ -61,11 +61,15 @@ impl Shared {
 }
 
 impl Drop for Shared {
-    /// A ring that goes away lets go of its files a little later than its owner.
     fn drop(&mut self) {
-        for file in self.files() {
-            let _ = rustix::fs::flock(&file, FlockOperation::Unlock);
-        }
+        unlock(&self.files());
+    }
+}
+
+/// A ring that goes away, or gets other files, lets go of its files a little later than their owner.
+fn unlock(files: &[Arc<File>]) {
+    for file in files {
+        let _ = rustix::fs::flock(file, FlockOperation::Unlock);
     }
 }
 
@@ -88,16 +92,8 @@ pub fn open(
     read_only: bool,
     engine: IoEngine,
 ) -> Result<(Box<dyn Disk>, Handle)> {
-    let (base, base_name) = base.take(true)?;
-    let top = layers.len().checked_sub(1).filter(|_| !read_only);
-    let layers = layers
-        .into_iter()
-        .enumerate()
-        .map(|(index, layer)| layer.take(Some(index) != top))
-        .collect::<Result<Vec<_>>>()?;
-    let stack = Stack::open((base, &base_name), layers, !read_only)?;
     let shared = Arc::new(Mutex::new(Shared {
-        stack,
+        stack: stack(base, layers, read_only)?,
         generation: 0,
     }));
     let handle = Handle(Arc::clone(&shared));
@@ -106,6 +102,17 @@ pub fn open(
         IoEngine::Sync => (Box::new(disk), handle),
         IoEngine::Async => (Box::new(ring::RingLayers::new(disk)), handle),
     })
+}
+
+fn stack(base: Named, layers: Vec<Named>, read_only: bool) -> Result<Stack<Arc<File>>> {
+    let (base, base_name) = base.take(true)?;
+    let top = layers.len().checked_sub(1).filter(|_| !read_only);
+    let layers = layers
+        .into_iter()
+        .enumerate()
+        .map(|(index, layer)| layer.take(Some(index) != top))
+        .collect::<Result<Vec<_>>>()?;
+    Ok(Stack::open((base, &base_name), layers, !read_only)?)
 }
 
 /// A checked file for [`Handle::freeze`].
@@ -151,6 +158,30 @@ impl Handle {
         let mut shared = lock(&self.0);
         shared.stack.replace_lowest(count, file, &name)?;
         shared.generation += 1;
+        Ok(())
+    }
+
+    /// Puts another image of the same size and other layers in the place of all. What was not flushed to the ones
+    /// before is lost. Nothing may be in flight.
+    ///
+    /// # Errors
+    /// A file cannot be used, is in use, or does not fit; nothing has changed then.
+    pub fn replace(&self, base: Named, layers: Vec<Named>, read_only: bool) -> Result<()> {
+        let new = stack(base, layers, read_only)?;
+        let mut shared = lock(&self.0);
+        let (wanted, found) = (shared.stack.size(), new.size());
+        if wanted != found {
+            return Err(belljar_layers::Error::Size {
+                layer: "the base image".to_owned(),
+                found,
+                wanted,
+            }
+            .into());
+        }
+        let before = shared.files();
+        shared.stack = new;
+        shared.generation += 1;
+        unlock(&before);
         Ok(())
     }
 

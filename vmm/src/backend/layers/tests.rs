@@ -162,7 +162,39 @@ impl Drive {
                 self.states.push(self.model.clone());
             }
             Step::Merge(count) => self.merge(count),
+            Step::Replace(byte) => {
+                self.settle();
+                self.replace(byte);
+            }
         }
+    }
+
+    /// Another image with an empty layer, as at a reset.
+    fn replace(&mut self, byte: u8) {
+        let (base, top) = (memory(SIZE), memory(0));
+        let content: Vec<u8> = (0..SIZE).map(|i| (i / 512) as u8 ^ byte).collect();
+        std::os::unix::fs::FileExt::write_all_at(&base, &content, 0).unwrap();
+        // What cannot be leaves all as it was.
+        let small = memory(SIZE / 2);
+        let bad = vec![named(&memory(0), true)];
+        assert!(
+            self.handle
+                .replace(named(&small, false), bad, false)
+                .is_err()
+        );
+        assert!(self.content() == self.model);
+        let layers = vec![named(&top, true)];
+        self.handle
+            .replace(named(&base, false), layers, false)
+            .unwrap();
+        // The files before belong to nobody any more.
+        for file in &self.files {
+            let alone = rustix::fs::FlockOperation::NonBlockingLockExclusive;
+            rustix::fs::flock(again(file, false), alone).unwrap();
+        }
+        self.model = content;
+        self.files = vec![base, top];
+        self.states.clear();
     }
 
     /// With requests in flight, as under a running guest.
@@ -193,6 +225,7 @@ enum Step {
     Flush,
     Freeze,
     Merge(usize),
+    Replace(u8),
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -207,6 +240,7 @@ fn step() -> impl Strategy<Value = Step> {
         3 => Just(Step::Flush),
         1 => Just(Step::Freeze),
         1 => (1usize..7).prop_map(Step::Merge),
+        1 => (1u8..).prop_map(Step::Replace),
     ]
 }
 
