@@ -37,7 +37,7 @@ pub fn changed_ns(metadata: &std::fs::Metadata) -> u64 {
 }
 
 /// Version of the protocol; both sides are installed together.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Its directory in a state root.
 pub const DIR: &str = "keeper";
 /// Name of its socket.

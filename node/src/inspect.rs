@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::accounting::{self, CpuTimes};
+use crate::layered::Layered;
 use crate::registry::{Found, State};
 use crate::state::spec::SandboxSpec;
 use crate::state::{self, Owner};
@@ -31,7 +32,7 @@ pub struct Inspected {
     pub cpu_time: Option<CpuTimes>,
     /// Bytes of the VMM, guest RAM included.
     pub resident: Option<u64>,
-    /// Bytes of the host's disk that the writable disk takes.
+    /// Bytes of the host's disk that the writable disk takes; what it shares with others is not counted.
     pub disk_used: Option<u64>,
 }
 
@@ -88,7 +89,11 @@ pub fn inspect(found: &Found) -> Inspected {
     }
 }
 
-fn disk_used(found: &Found) -> Option<u64> {
+/// See [`Inspected::disk_used`].
+pub(crate) fn disk_used(found: &Found) -> Option<u64> {
+    if let Ok(Some(layered)) = Layered::of(found.dir()) {
+        return Some(layered.used(found.dir()));
+    }
     let metadata = std::fs::metadata(found.dir().file(state::DISK)).ok()?;
     Some(metadata.blocks().saturating_mul(512))
 }

@@ -16,6 +16,7 @@ pub mod ending;
 pub mod files;
 pub mod guest;
 pub mod inspect;
+pub mod layered;
 pub mod leftovers;
 pub mod lifecycle;
 pub mod logs;

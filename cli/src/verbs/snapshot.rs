@@ -13,7 +13,7 @@ use crate::values::{self, Label};
 
 /// Take a snapshot of a running or paused sandbox, and let it go on
 ///
-/// Prints the snapshot's id. The guest stands still until its memory is frozen and its disk copied; a frozen copy
+/// Prints the snapshot's id. The guest stands still until its memory and disk are frozen; a frozen copy
 /// of its memory is written and stored behind the resumed guest: all of it the first time, what has changed since
 /// then. Until it is durable, a crash of this machine loses the snapshot and
 /// nothing else.

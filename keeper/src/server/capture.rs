@@ -4,10 +4,12 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
+use belljar_layers::{LayerId, State, View};
 use belljar_store::{
     self as store, FileSource, Kind, Options, Reader, Requirements, SnapshotId, Source, Writer,
 };
@@ -78,6 +80,8 @@ pub(super) struct Files {
     pub(super) state: File,
     pub(super) memory: Option<File>,
     pub(super) disk: Option<File>,
+    /// The disk, if it has layers; these come with Keep.
+    pub(super) layers: Option<View<File>>,
     /// What memory may be an increment of; held, so that it is not removed meanwhile.
     pub(super) base: Option<Reader>,
 }
@@ -109,8 +113,41 @@ pub(super) fn files(shared: &Shared, begin: &v1::Begin) -> Result<Files, v1::Err
         state: machine()?,
         memory: (begin.memory_bytes > 0).then(machine).transpose()?,
         disk: (begin.disk_bytes > 0).then(nameless).transpose()?,
+        layers: None,
         base: base(shared, begin),
     })
+}
+
+/// A disk from its base image and so many layers.
+pub(super) fn layers(count: u32, files: Vec<OwnedFd>) -> Result<View<File>, v1::Error> {
+    let invalid = |why: String| refusal(Code::Invalid, format!("the sandbox's disk: {why}"));
+    let mut files = files.into_iter().map(File::from);
+    let base = files.next();
+    let layers: Vec<_> = (1_u32..)
+        .zip(files)
+        .map(|(number, file)| (file, format!("layer {number}")))
+        .collect();
+    let (Some(base), true) = (base, u32::try_from(layers.len()) == Ok(count)) else {
+        return Err(invalid(format!(
+            "{count} layers and their base image should have come"
+        )));
+    };
+    let view = View::open(layers).and_then(|view| view.over(base, "the base image"));
+    let view = view.map_err(|error| invalid(error.to_string()))?;
+    if view.parent() != LayerId::BASE {
+        return Err(invalid(
+            "its lowest layer does not lie over a base image".to_owned(),
+        ));
+    }
+    // What is written on could be of another instant by the time it is read.
+    let mut written = view
+        .layers()
+        .iter()
+        .filter(|layer| layer.state() != State::Frozen);
+    match written.next() {
+        Some(layer) => Err(invalid(format!("{} is not frozen", layer.name()))),
+        None => Ok(view),
+    }
 }
 
 /// A memfd that can be made immutable.
@@ -155,7 +192,7 @@ fn base(shared: &Shared, begin: &v1::Begin) -> Option<Reader> {
 }
 
 /// Where a file has data, in bytes.
-fn data_ranges(source: &impl Source) -> io::Result<Vec<Range<u64>>> {
+fn data_ranges(source: &dyn Source) -> io::Result<Vec<Range<u64>>> {
     let mut ranges = Vec::new();
     let mut from = 0;
     while let Some(range) = source.next_data(from)? {
@@ -195,26 +232,43 @@ struct SoFar {
     total: AtomicU64,
 }
 
-/// A file whose reads are counted.
-struct Counted<'a> {
-    file: FileSource,
+/// What is read of it is counted.
+struct Counted<'a, S> {
+    source: S,
     so_far: &'a SoFar,
 }
 
-impl Source for Counted<'_> {
+impl<S: Source> Source for Counted<'_, S> {
     fn length(&self) -> u64 {
-        self.file.length()
+        self.source.length()
     }
 
     fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>> {
-        self.file.next_data(from)
+        self.source.next_data(from)
     }
 
     fn read(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
-        self.file.read(bytes, offset)?;
+        self.source.read(bytes, offset)?;
         let read = bytes.len() as u64;
         self.so_far.done.fetch_add(read, Ordering::Relaxed);
         Ok(())
+    }
+}
+
+/// A disk of layers.
+struct Layers<'a>(&'a View<File>);
+
+impl Source for Layers<'_> {
+    fn length(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>> {
+        self.0.next_data(from).map_err(io::Error::other)
+    }
+
+    fn read(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read(bytes, offset).map_err(io::Error::other)
     }
 }
 
@@ -328,14 +382,25 @@ fn store_all(
 ) -> Result<store::Stored, v1::Error> {
     let source = |file: &File| {
         let again = file.try_clone().map_err(io_error("read the capture"))?;
-        let file = FileSource::new(again).map_err(io_error("read the capture"))?;
-        Ok::<_, v1::Error>(Counted { file, so_far })
+        let source = FileSource::new(again).map_err(io_error("read the capture"))?;
+        Ok::<_, v1::Error>(Counted { source, so_far })
+    };
+    let layers = files.layers.as_ref().map(|view| Counted {
+        source: Layers(view),
+        so_far,
+    });
+    let expect = |source: &dyn Source| {
+        let data = data_ranges(source).map_err(io_error("read the capture"))?;
+        let bytes = data.iter().map(|range| range.end - range.start).sum();
+        so_far.total.fetch_add(bytes, Ordering::Relaxed);
+        Ok::<_, v1::Error>(())
     };
     // Of what is large.
     for file in [&files.memory, &files.disk].into_iter().flatten() {
-        let data = data_ranges(&source(file)?).map_err(io_error("read the capture"))?;
-        let bytes = data.iter().map(|range| range.end - range.start).sum();
-        so_far.total.fetch_add(bytes, Ordering::Relaxed);
+        expect(&source(file)?)?;
+    }
+    if let Some(layers) = &layers {
+        expect(layers)?;
     }
     let missing = |what: &str| refusal(Code::Invalid, format!("the capture has no {what}"));
     writer.image(images::SANDBOX, Kind::State, &keep.sandbox[..])?;
@@ -352,8 +417,11 @@ fn store_all(
         }
     }
     if keep.has_disk {
-        let disk = files.disk.as_ref().ok_or_else(|| missing("disk"))?;
-        writer.image(images::DISK, Kind::Disk, &source(disk)?)?;
+        match (&layers, &files.disk) {
+            (Some(layers), _) => writer.image(images::DISK, Kind::Disk, layers)?,
+            (None, Some(disk)) => writer.image(images::DISK, Kind::Disk, &source(disk)?)?,
+            (None, None) => return Err(missing("disk")),
+        }
     }
     let (id, stored) = writer.commit()?;
     log::line(&format!(

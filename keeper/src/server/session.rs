@@ -113,7 +113,7 @@ impl Session {
                 self.held = None;
                 done()
             }
-            Call::Keep(keep) => self.keep(keep),
+            Call::Keep(keep) => self.keep(keep, descriptors),
             other => {
                 let caller = self.connection.stream().try_clone().ok();
                 let mut meanwhile = |answer| self.reply(answer, &[]).is_ok();
@@ -156,11 +156,14 @@ impl Session {
         Ok((Answer::Begun(begun), descriptors))
     }
 
-    fn keep(&mut self, keep: v1::Keep) -> Answered {
-        let files = self
+    fn keep(&mut self, keep: v1::Keep, layers: Vec<OwnedFd>) -> Answered {
+        let mut files = self
             .files
             .take()
             .ok_or_else(|| refusal(Code::Invalid, "no capture was begun"))?;
+        if keep.disk_layers > 0 {
+            files.layers = Some(capture::layers(keep.disk_layers, layers)?);
+        }
         let busy = Busy::begin(self.busy.shared());
         let storing = capture::keep(busy, files, keep)?;
         let id = storing.id.to_string();

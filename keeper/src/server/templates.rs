@@ -317,18 +317,21 @@ impl Templates {
 }
 
 /// What a template's record says: what it is of, and which file that is, unchanged since. Who writes to a file
-/// can set the time of its last writing back, and not that of its last change.
+/// can set the time of its last writing back, and not that of its last change; but a disk's also changes whenever
+/// a sandbox that begins with it gives it a name of its own, or goes.
 fn description(id: SnapshotId, part: Part, file: &Metadata) -> String {
+    let changed = match part {
+        Part::Memory => format!(" changed {}.{:09}", file.ctime(), file.ctime_nsec()),
+        Part::Disk => String::new(),
+    };
     format!(
-        "belljar template 2\nsnapshot {id}\nimage {}\nlength {}\nfile {}:{} written {}.{:09} changed {}.{:09}\n",
+        "belljar template 2\nsnapshot {id}\nimage {}\nlength {}\nfile {}:{} written {}.{:09}{changed}\n",
         part.image(),
         file.len(),
         file.dev(),
         file.ino(),
         file.mtime(),
         file.mtime_nsec(),
-        file.ctime(),
-        file.ctime_nsec()
     )
 }
 
@@ -448,6 +451,23 @@ mod tests {
         let (_dir, templates) = templates(1 << 30);
         add(&templates, id(1), Part::Memory);
         assert!(templates.get(id(1), Part::Memory, LENGTH + 1).is_none());
+    }
+
+    #[test]
+    fn a_disk_is_used_with_other_names_and_not_when_it_was_written() {
+        let (dir, templates) = templates(1 << 30);
+        add(&templates, id(1), Part::Disk);
+        let path = templates.path(id(1), Part::Disk);
+        let name = dir.path().join("name");
+        std::fs::hard_link(&path, &name).unwrap();
+        assert!(templates.get(id(1), Part::Disk, LENGTH).is_some());
+        std::fs::remove_file(&name).unwrap();
+        assert!(templates.get(id(1), Part::Disk, LENGTH).is_some());
+        std::fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+        let mut file = File::options().write(true).open(&path).unwrap();
+        file.write_all(b"other").unwrap();
+        file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        assert!(templates.get(id(1), Part::Disk, LENGTH).is_none());
     }
 
     #[test]

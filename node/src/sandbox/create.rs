@@ -5,9 +5,10 @@ use std::fs::File;
 use super::BootError;
 use super::plan::{self, NewSandbox};
 use crate::disk::{empty_of, private_copy};
+use crate::layered::{Layered, fits};
 use crate::size::Size;
 use crate::state::spec::{Life, SandboxSpec};
-use crate::state::{self, SandboxDir, StateRoot};
+use crate::state::{self, SandboxDir, StateError, StateRoot};
 
 /// Makes the directory of a sandbox with its disk and its configuration, and keeps it locked.
 ///
@@ -20,10 +21,20 @@ pub fn create(root: &StateRoot, new: &NewSandbox) -> Result<(SandboxDir, File), 
         .map(|bytes| empty_of(Size(bytes), &new.guest.assets))
         .transpose()?;
     create_with(root, &spec, |dir| {
-        if let Some(empty) = &empty {
-            private_copy(empty, &dir.file(state::DISK))?;
+        let (Some(empty), Some(bytes)) = (&empty, spec.disk) else {
+            return Ok(());
+        };
+        if !fits(bytes) {
+            return Ok(private_copy(empty, &dir.file(state::DISK))?);
         }
-        Ok(())
+        let durably = spec.life == Life::Persistent;
+        let image = File::open(empty).map_err(|source| StateError::Io {
+            what: "open the empty disk",
+            path: empty.clone(),
+            source,
+        })?;
+        let disk = Layered::make(dir, &image, &[], durably)?;
+        Ok(disk.install(dir, durably)?)
     })
 }
 

@@ -10,6 +10,7 @@ use crate::diagnosis::{Progress, progress};
 use crate::disk::{CopyError, MakeError};
 use crate::drive::DriveError;
 use crate::ending::{Ended, Meaning};
+use crate::layered::LayersError;
 use crate::state::{ClaimError, StateError};
 use crate::vmm::ApiError;
 
@@ -24,6 +25,8 @@ pub enum BootError {
     Disk(#[from] CopyError),
     #[error(transparent)]
     MakeDisk(#[from] MakeError),
+    #[error(transparent)]
+    Layers(#[from] LayersError),
     #[error(transparent)]
     Name(#[from] ClaimError),
     #[error(transparent)]
@@ -84,6 +87,7 @@ impl BootError {
         let text = match self {
             Self::Asset(error) => return Some(error.remedy()),
             Self::State(_) => "'belljar doctor' checks the state directory",
+            Self::Layers(_) => "check the space below the state directory (BELLJAR_STATE)",
             Self::MakeDisk(error) => return Some(error.remedy()),
             Self::Name(ClaimError::Taken { .. }) => {
                 "choose another name, or remove that sandbox with 'belljar rm'"

@@ -3,9 +3,10 @@
 
 use std::os::unix::fs::FileExt;
 
-use super::create_with;
 use super::small_disk::{Ballast, in_a_namespace, mount, mount_small};
-use crate::snapshots::{Saved, Source};
+use super::{NewDisk, Shape, create_with};
+use crate::layered::Layered;
+use crate::snapshots::{Disk, Saved, Source};
 use crate::state::spec::{Life, SandboxSpec};
 use crate::state::{self, SandboxDir, StateRoot};
 
@@ -31,14 +32,25 @@ fn source() -> Source {
         saved: Saved::parse(record.as_bytes()).unwrap(),
         snapshot: None,
         machine: None,
-        disk: Some(disk),
+        disk: Some(Disk::Image(disk)),
         base_images: Default::default(),
         hot: true,
     }
 }
 
 fn disk(dir: &SandboxDir) -> Vec<u8> {
-    std::fs::read(dir.file(state::DISK)).unwrap()
+    match Layered::of(dir).unwrap() {
+        None => std::fs::read(dir.file(state::DISK)).unwrap(),
+        Some(disk) => {
+            assert!(!dir.file(state::DISK).exists());
+            assert_eq!(disk.layers.len(), 1);
+            std::fs::read(dir.file(&disk.base)).unwrap()
+        }
+    }
+}
+
+fn files(dir: &SandboxDir) -> usize {
+    std::fs::read_dir(dir.path()).unwrap().count()
 }
 
 #[test]
@@ -58,13 +70,16 @@ fn what_does_not_fit_leaves_all_as_it_was() {
     {
         let _ballast = Ballast::leaving(root.dir(), MIB);
         // A reset, which copies before it stops anything.
-        let error = source.prepare(&dir, true).unwrap_err().to_string();
-        assert!(
-            error.contains("disk") && error.contains("No space"),
-            "{error}"
-        );
-        assert!(!dir.file(state::NEW_DISK).exists());
-        assert_eq!(disk(&dir), b"old");
+        let before = files(&dir);
+        for shape in [Shape::Raw, Shape::Layers] {
+            let error = source.prepare(&dir, true, shape).unwrap_err().to_string();
+            assert!(
+                error.contains("disk") && error.contains("No space"),
+                "{error}"
+            );
+            assert_eq!(files(&dir), before);
+            assert_eq!(disk(&dir), b"old");
+        }
         // A restore: nothing is left of it, and its name is free.
         let fill = |dir: &SandboxDir| source.fill(dir, Life::Persistent);
         let error = create_with(&root, &spec("second"), fill).unwrap_err();
@@ -88,10 +103,12 @@ fn what_does_not_fit_leaves_all_as_it_was() {
     // Nothing may be open for writing then.
     drop(lock);
     mount(&["-o", "remount,ro"], place.path());
-    let error = source.prepare(&dir, true).unwrap_err().to_string();
-    assert!(error.contains("Read-only file system"), "{error}");
+    for shape in [Shape::Raw, Shape::Layers] {
+        let error = source.prepare(&dir, true, shape).unwrap_err().to_string();
+        assert!(error.contains("Read-only file system"), "{error}");
+    }
     assert!(
-        source.install(&dir, true).is_err(),
+        source.install(&dir, &NewDisk::Raw, true).is_err(),
         "there is nothing to put in its place"
     );
     assert_eq!(disk(&dir), b"old");
@@ -101,8 +118,11 @@ fn what_does_not_fit_leaves_all_as_it_was() {
     let fill = |dir: &SandboxDir| source.fill(dir, Life::Persistent);
     let (second, _lock) = create_with(&root, &spec("second"), fill).unwrap();
     assert!(disk(&second) == vec![0x5a; 2 << 20]);
-    source.prepare(&dir, true).unwrap();
-    assert_eq!(disk(&dir), b"old", "it is only beside the old one");
-    source.install(&dir, true).unwrap();
-    assert!(disk(&dir) == vec![0x5a; 2 << 20]);
+    for shape in [Shape::Raw, Shape::Layers] {
+        let before = disk(&dir);
+        let new = source.prepare(&dir, true, shape).unwrap();
+        assert!(disk(&dir) == before, "it is only beside the old one");
+        source.install(&dir, &new, true).unwrap();
+        assert!(disk(&dir) == vec![0x5a; 2 << 20]);
+    }
 }

@@ -25,12 +25,13 @@ pub(crate) use create::create_with;
 pub use error::BootError;
 pub use plan::{DiskChoice, GuestSpec, ImageChoice, NewSandbox};
 pub use record::{BootRecord, StageRecord};
-pub(crate) use restore::adopt;
+pub(crate) use restore::{NewDisk, Shape, adopt};
 
 use crate::assets::Assets;
 
 use crate::diagnosis;
 use crate::ending::{Ended, Meaning};
+use crate::layered::Layered;
 use crate::poll::{PollSet, Polled};
 use crate::registry::{Found, SocketPath};
 use crate::snapshots::Bases;
@@ -149,7 +150,11 @@ impl Sandbox {
         let spec: SandboxSpec = dir
             .read_record(state::CONFIG)?
             .ok_or_else(|| BootError::Invalid(format!("sandbox {} is not complete", dir.id())))?;
-        let config = plan::configure(&spec, assets)?;
+        let disk = Layered::settled(dir, spec.life == Life::Persistent)?;
+        if let Some(disk) = &disk {
+            disk.sweep(dir);
+        }
+        let config = plan::configure(&spec, disk.as_ref(), assets)?;
         dir.forget_last_run()?;
         Bases::note(dir, &spec)?;
         Ok((config, spec.life))

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use super::BootError;
 use crate::assets::{AssetError, Assets, DEFAULT_DISK, absolute_file};
 use crate::drive::{DriveSpec, assign_ids};
+use crate::layered::Layered;
 use crate::size::{MIB, Size};
 use crate::state;
 use crate::state::spec::{DriveRecord, Life, SPEC_VERSION, SandboxSpec, now_ms};
-use crate::vmm::{CacheType, Config, Drive};
+use crate::vmm::{CacheType, Config, Drive, Format};
 
 /// Names of the drives that are not the user's.
 const IMAGE: &str = "image";
@@ -136,12 +137,16 @@ pub(super) fn specify(new: &NewSandbox) -> Result<SandboxSpec, BootError> {
         boot_args: guest.boot_args.clone(),
     };
     // What could not be started is not made.
-    configure(&spec, &guest.assets)?;
+    configure(&spec, None, &guest.assets)?;
     Ok(spec)
 }
 
-/// What the VMM is told.
-pub(super) fn configure(spec: &SandboxSpec, assets: &Assets) -> Result<Config, BootError> {
+/// What the VMM is told. `disk`: the files of its disk, if that has layers.
+pub(super) fn configure(
+    spec: &SandboxSpec,
+    disk: Option<&Layered>,
+    assets: &Assets,
+) -> Result<Config, BootError> {
     let file = |what,
                 path: &Option<PathBuf>,
                 default: fn(&Assets) -> Result<PathBuf, AssetError>| match path {
@@ -158,7 +163,7 @@ pub(super) fn configure(spec: &SandboxSpec, assets: &Assets) -> Result<Config, B
         let device = if spec.image.is_some() { 'b' } else { 'a' };
         boot_args.push_str(&format!(" belljar.disk=/dev/vd{device}"));
     }
-    let drives = drives(spec, spec.life == Life::Persistent)?;
+    let drives = drives(spec, disk, spec.life == Life::Persistent)?;
     if let Some(name) = &spec.name {
         boot_args.push_str(&format!(" belljar.hostname={}", host_name(name)));
     }
@@ -178,8 +183,13 @@ pub(super) fn configure(spec: &SandboxSpec, assets: &Assets) -> Result<Config, B
     })
 }
 
-/// Its drives, in the order the guest sees; `stays`: its disk outlives the guest.
-pub(super) fn drives(spec: &SandboxSpec, stays: bool) -> Result<Vec<Drive>, BootError> {
+/// Its drives, in the order the guest sees; `disk`: the files of its disk, if that has layers; `stays`: the disk
+/// outlives the guest.
+pub(super) fn drives(
+    spec: &SandboxSpec,
+    disk: Option<&Layered>,
+    stays: bool,
+) -> Result<Vec<Drive>, BootError> {
     let mut drives = Vec::new();
     if let Some(image) = &spec.image {
         let image = absolute_file("image", image)?;
@@ -193,7 +203,13 @@ pub(super) fn drives(spec: &SandboxSpec, stays: bool) -> Result<Vec<Drive>, Boot
         } else {
             CacheType::Volatile
         };
-        drives.push(drive(DISK, state::DISK.to_owned(), false, cache));
+        let mut own = drive(DISK, state::DISK.to_owned(), false, cache);
+        if let Some(disk) = disk {
+            own.format = Format::Layers;
+            own.path_on_host.clone_from(&disk.base);
+            own.layers.clone_from(&disk.layers);
+        }
+        drives.push(own);
     }
     let extra: Vec<DriveSpec> = spec.drives.iter().map(drive_spec).collect();
     let ids = assign_ids(&extra, &[IMAGE, DISK])?;
@@ -226,6 +242,8 @@ fn drive(id: &str, path_on_host: String, is_read_only: bool, cache_type: CacheTy
         is_read_only,
         is_root_device: false,
         cache_type,
+        format: Format::Raw,
+        layers: Vec::new(),
     }
 }
 
@@ -265,7 +283,7 @@ mod tests {
 
     fn config(guest: &GuestSpec) -> Result<Config, BootError> {
         let spec = specify(&NewSandbox::owned(guest.clone()))?;
-        configure(&spec, &guest.assets)
+        configure(&spec, None, &guest.assets)
     }
 
     #[test]
@@ -313,15 +331,15 @@ mod tests {
         };
         let made = specify(&new).unwrap();
         assert!(made.image.as_ref().unwrap().ends_with("image-1"));
-        let config = configure(&made, &guest.assets).unwrap();
+        let config = configure(&made, None, &guest.assets).unwrap();
         assert!(config.boot_args.contains("belljar.hostname=my-box"));
         assert_eq!(config.drives[1].cache_type, CacheType::Writeback);
         // One that goes away flushes, too: its clones may stay.
         let owned = specify(&NewSandbox::owned(guest.clone())).unwrap();
-        let config = configure(&owned, &guest.assets).unwrap();
+        let config = configure(&owned, None, &guest.assets).unwrap();
         assert_eq!(config.drives[1].cache_type, CacheType::Volatile);
         std::fs::remove_file(dir.path().join("image-1")).unwrap();
-        let error = configure(&made, &guest.assets).unwrap_err();
+        let error = configure(&made, None, &guest.assets).unwrap_err();
         assert!(error.to_string().contains("image-1"), "{error}");
     }
 

@@ -10,8 +10,9 @@ use belljar_protocol::{AGENT_PORT, GENERATION, hybrid, v1};
 use serde_json::json;
 
 use super::{BootError, BootRecord, Limits, Programs, Sandbox, plan};
+use crate::layered::{self, Layered};
 use crate::registry::SocketPath;
-use crate::snapshots::{Bases, Loaded, Origin, Source};
+use crate::snapshots::{Bases, Disk, Loaded, Origin, Source};
 use crate::stages::Stages;
 use crate::state::spec::{Life, SandboxSpec};
 use crate::state::{self, SandboxDir, StateError};
@@ -47,7 +48,9 @@ impl Sandbox {
         Bases::note(dir, &spec)?;
         let mut sandbox = Self::spawn(programs, dir.clone(), lock, spec.life)?;
         // Dropping it tears it down.
-        sandbox.load(overrides(&spec, stays)?, source, limits, deadline, stages)?;
+        let disk = Layered::settled(dir, stays)?;
+        let overrides = overrides(&spec, disk.as_ref(), stays)?;
+        sandbox.load(overrides, source, limits, deadline, stages)?;
         sandbox.take_over(&spec, limits, deadline, stages)?;
         BootRecord::new(&sandbox.ready, stages).write(&sandbox.dir)?;
         Ok(sandbox)
@@ -168,11 +171,12 @@ type NamedFile = (String, File);
 /// not be written is given as a descriptor for reading, whatever the snapshot says about it.
 fn overrides(
     spec: &SandboxSpec,
+    disk: Option<&Layered>,
     stays: bool,
 ) -> Result<(Vec<serde_json::Value>, Vec<NamedFile>), BootError> {
     let mut files = Vec::new();
     let mut all = Vec::new();
-    for drive in plan::drives(spec, stays)? {
+    for drive in plan::drives(spec, disk, stays)? {
         let mut path = drive.path_on_host;
         if drive.is_read_only {
             let file = File::open(&path).map_err(|error| {
@@ -181,11 +185,15 @@ fn overrides(
             files.push((drive.drive_id.clone(), file));
             path = format!("fd:{}", drive.drive_id);
         }
-        all.push(json!({
+        let mut with = json!({
             "drive_id": drive.drive_id,
             "path_on_host": path,
             "cache_type": drive.cache_type,
-        }));
+        });
+        if let (false, Some(with)) = (drive.layers.is_empty(), with.as_object_mut()) {
+            with.insert("layers".to_owned(), json!(drive.layers));
+        }
+        all.push(with);
     }
     Ok((all, files))
 }
@@ -221,19 +229,65 @@ fn random(count: usize) -> Result<Vec<u8>, BootError> {
     Ok(bytes)
 }
 
+/// What a sandbox's disk shall be like, if there is a choice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Shape {
+    Raw,
+    Layers,
+}
+
+/// A disk that was made, and is not yet the sandbox's.
+#[derive(Debug)]
+pub(crate) enum NewDisk {
+    None,
+    Raw,
+    Layers(Layered),
+}
+
+impl NewDisk {
+    /// It is not wanted.
+    pub(crate) fn discard(&self, dir: &SandboxDir) {
+        match self {
+            Self::None => {}
+            Self::Raw => drop(std::fs::remove_file(dir.file(state::NEW_DISK))),
+            Self::Layers(layered) => layered.discard(dir),
+        }
+    }
+}
+
 impl Source {
     /// Puts into a new sandbox's directory what a clone needs. One that stays has it after a power failure too.
     pub(crate) fn fill(&self, dir: &SandboxDir, life: Life) -> Result<(), BootError> {
-        self.prepare(dir, life == Life::Persistent)?;
-        self.install(dir, life == Life::Persistent)
+        let durably = life == Life::Persistent;
+        let disk = self.prepare(dir, durably, Shape::Layers)?;
+        self.install(dir, &disk, durably)
     }
 
-    /// Copies the disk beside the one that there may be.
-    pub(crate) fn prepare(&self, dir: &SandboxDir, durably: bool) -> Result<(), BootError> {
-        let Some(shared) = &self.disk else {
-            return Ok(());
-        };
+    /// Makes the disk beside the one that there may be. It has layers if they are wanted and can be.
+    pub(crate) fn prepare(
+        &self,
+        dir: &SandboxDir,
+        durably: bool,
+        shape: Shape,
+    ) -> Result<NewDisk, BootError> {
         let path = dir.file(state::NEW_DISK);
+        let failed = |source| {
+            let what = "copy the snapshot's disk to";
+            let path = path.clone();
+            BootError::State(StateError::Io { what, path, source })
+        };
+        let shared = match &self.disk {
+            None => return Ok(NewDisk::None),
+            Some(Disk::Layers(files)) => {
+                let made = Layered::make(dir, &files.base, &files.layers, durably)?;
+                return Ok(NewDisk::Layers(made));
+            }
+            Some(Disk::Image(shared)) => shared,
+        };
+        let bytes = shared.metadata().map_err(failed)?.len();
+        if shape == Shape::Layers && layered::fits(bytes) {
+            return Ok(NewDisk::Layers(Layered::make(dir, shared, &[], durably)?));
+        }
         // A copy that was not finished.
         let _ = std::fs::remove_file(&path);
         let copied = || {
@@ -248,19 +302,28 @@ impl Source {
         };
         copied().map_err(|source| {
             let _ = std::fs::remove_file(&path);
-            let what = "copy the snapshot's disk to";
-            BootError::State(StateError::Io { what, path, source })
-        })
+            failed(source)
+        })?;
+        Ok(NewDisk::Raw)
     }
 
     /// Puts the prepared disk in its place, and says where the sandbox comes from.
-    pub(crate) fn install(&self, dir: &SandboxDir, durably: bool) -> Result<(), BootError> {
-        if self.disk.is_some() {
-            let path = dir.file(state::DISK);
-            std::fs::rename(dir.file(state::NEW_DISK), &path).map_err(|source| {
-                let what = "replace";
-                BootError::State(StateError::Io { what, path, source })
-            })?;
+    pub(crate) fn install(
+        &self,
+        dir: &SandboxDir,
+        disk: &NewDisk,
+        durably: bool,
+    ) -> Result<(), BootError> {
+        match disk {
+            NewDisk::None => {}
+            NewDisk::Layers(layered) => layered.install(dir, durably)?,
+            NewDisk::Raw => {
+                let path = dir.file(state::DISK);
+                std::fs::rename(dir.file(state::NEW_DISK), &path).map_err(|source| {
+                    let what = "replace";
+                    BootError::State(StateError::Io { what, path, source })
+                })?;
+            }
         }
         let machine_id = random(16)?;
         let machine_id = machine_id

@@ -3,23 +3,24 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use belljar_keeper::client::{Client, Keeper, KeeperError};
 use belljar_keeper::v1::{self as keeper, reply::Result as Answer, request::Call};
 use belljar_protocol::client::system;
+use serde_json::json;
 
-use super::SnapshotError;
 use super::error::io_failed;
 use super::saved::{Last, Loaded, Saved};
 use super::used::used_files;
+use super::{Disk, SnapshotError};
 use crate::disk::copy_into;
+use crate::layered::{Files, Layered};
 use crate::lifecycle::{self, LifeError};
 use crate::registry::{Found, State};
-use crate::state::spec::SandboxSpec;
+use crate::state::spec::{Life, SandboxSpec};
 use crate::state::{self, ProcessRecord, StateError};
-use crate::{accounting, vmm};
+use crate::{accounting, inspect, vmm};
 
 /// The guest's programs stop within this time, or there is no snapshot.
 const FREEZE_LIMIT: Duration = Duration::from_secs(15);
@@ -29,6 +30,8 @@ const WRITE_OUT_LIMIT: Duration = Duration::from_secs(60);
 const CREATE_LIMIT: Duration = Duration::from_secs(300);
 /// Of the VMM's state, about.
 const STATE_BYTES: u64 = 1 << 20;
+/// Changing the layers of a disk takes as long as the disk takes.
+const CHANGE_LIMIT: Duration = Duration::from_secs(60);
 /// Between two looks whether the guest goes on.
 const LOOK: Duration = Duration::from_micros(500);
 /// A capture by somebody else is over within this time.
@@ -77,7 +80,7 @@ pub(super) struct Image {
     pub(super) state: File,
     /// `None`: only the disk.
     pub(super) memory: Option<File>,
-    pub(super) disk: Option<File>,
+    pub(super) disk: Option<Disk>,
     /// Files of this machine that are not in it, by the name of a base image.
     pub(super) base_files: BTreeMap<String, keeper::BaseFile>,
     /// Memory holds only what differs from that of this snapshot.
@@ -120,13 +123,21 @@ pub fn capture(
         requirements: BTreeMap::from([("cpu-vendor".to_owned(), image.saved.cpu_vendor.clone())]),
         base_files: image.base_files,
         is_increment: image.base.is_some(),
+        disk_layers: match &image.disk {
+            Some(Disk::Layers(files)) => u32::try_from(files.layers.len()).unwrap_or(u32::MAX),
+            _ => 0,
+        },
+    };
+    let layers = match &image.disk {
+        Some(Disk::Layers(files)) => std::iter::once(&files.base).chain(&files.layers).collect(),
+        _ => Vec::new(),
     };
     let accepted = |id: &str| match image.vmm {
         // Written behind the answer: should the snapshot be lost yet, the next one has no base, and is whole.
         Some(vmm) if image.memory.is_some() => Last::write(found, id, vmm),
         _ => Ok(()),
     };
-    let (id, kept) = keep(&mut client, call, options.wait, accepted, progress)?;
+    let (id, kept) = keep(&mut client, call, &layers, options.wait, accepted, progress)?;
     Ok(Captured {
         id,
         base: image.base,
@@ -139,6 +150,7 @@ pub fn capture(
 fn keep(
     client: &mut Client,
     call: keeper::Keep,
+    layers: &[&File],
     wait: bool,
     has_id: impl FnOnce(&str) -> Result<(), StateError>,
     mut progress: impl FnMut(u64, u64),
@@ -148,7 +160,8 @@ fn keep(
             progress(so_far.done, so_far.total);
         }
     };
-    let (answer, _) = client.call(Call::Keep(call), &[], &mut tell)?;
+    let layers: Vec<_> = layers.iter().map(|file| file.as_fd()).collect();
+    let (answer, _) = client.call(Call::Keep(call), &layers, &mut tell)?;
     let Answer::Accepted(accepted) = answer else {
         return Err(KeeperError::Unexpected.into());
     };
@@ -211,12 +224,16 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
         What::Increment => last.or(loaded).unwrap_or_default(),
         What::Disk | What::Whole => String::new(),
     };
+    let mut own = Own::of(found, spec)?;
     // A view of a template has pages that are in no memory of the VMM's own; only a whole image holds them, too.
     let is_view = what == What::Whole && found.dir().file(state::ORIGIN).exists();
     let begin = keeper::Begin {
         base: base.clone(),
         memory_bytes: if disk_only { 0 } else { spec.memory },
-        disk_bytes: spec.disk.unwrap_or(0),
+        disk_bytes: match own {
+            Own::Raw(_) => spec.disk.unwrap_or(0),
+            Own::None | Own::Layers(..) => 0,
+        },
         expected_bytes: expected_bytes(found, &look, spec, disk_only, is_view),
         sandbox_dir: found.dir().path().to_string_lossy().into_owned(),
         was_paused,
@@ -234,18 +251,9 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
         file => Ok(file.flatten()),
     };
     let memory = next(!disk_only)?;
-    let disk = next(spec.disk.is_some())?;
-    let failed = || io_failed("copy the sandbox's disk");
-    let own = disk
-        .as_ref()
-        .map(|_| File::open(found.dir().file(state::DISK)));
-    let own = own.transpose().map_err(failed())?;
-    let copy_disk = || match (own, &disk) {
-        (Some(own), Some(disk)) => {
-            copy_into(own, disk.try_clone().map_err(failed())?).map_err(failed())
-        }
-        _ => Ok(()),
-    };
+    let copy = next(matches!(own, Own::Raw(_)))?;
+    let durably = spec.life == Life::Persistent;
+    let next_layer = own.next_layer(found, durably)?;
     let same = |state: &State| {
         let same = state.vmm() == look.vmm();
         same.then_some(())
@@ -253,15 +261,22 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
     };
     let mut hold = Hold::new(found, was_paused);
     hold.freeze(disk_only)?;
+    own.write_out();
     let (frozen, paused) = match &memory {
         None => {
-            copy_disk()?;
+            own.copy_to(copy.as_ref())?;
+            if let Some(name) = &next_layer {
+                hold.pause()?;
+                same(&found.state())?;
+                let change = json!({"drive_id": "disk", "next_layer": name});
+                change_disk(found, &change)?;
+            }
             same(&found.state())?;
             hold.let_go()?
         }
         Some(memory) => {
             hold.pause()?;
-            copy_disk()?;
+            own.copy_to(copy.as_ref())?;
             // Disk and memory are of one instant only if the same guest stands still until the VMM has frozen both.
             let now = found.state();
             same(&now)?;
@@ -271,7 +286,7 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
             // From now on the VMM counts changes from this image on, whatever becomes of it.
             found.dir().remove_record(state::LAST)?;
             let kind = if begun.has_base { since } else { "Full" };
-            hold.create(&state, memory, kind)?
+            hold.create(&state, memory, kind, next_layer.as_deref())?
         }
     };
     client.call(Call::Settle(keeper::Settle {}), &[], |_| {})?;
@@ -279,7 +294,7 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
         saved,
         state,
         memory,
-        disk,
+        disk: own.disk(copy),
         base_files,
         base: begun.has_base.then_some(base),
         vmm: look.vmm(),
@@ -303,9 +318,93 @@ fn expected_bytes(
         Some(bytes) if !is_view => bytes.min(spec.memory),
         _ => spec.memory,
     };
-    let disk = std::fs::metadata(found.dir().file(state::DISK));
-    let disk = disk.map_or(0, |disk| disk.blocks().saturating_mul(512));
+    let disk = inspect::disk_used(found).unwrap_or(0);
     memory.saturating_add(disk).saturating_add(STATE_BYTES)
+}
+
+/// The disk that is captured.
+enum Own {
+    None,
+    Raw(File),
+    Layers(Layered, Option<Files>),
+}
+
+impl Own {
+    fn of(found: &Found, spec: &SandboxSpec) -> Result<Self, SnapshotError> {
+        if spec.disk.is_none() {
+            return Ok(Self::None);
+        }
+        if let Some(layered) = Layered::of(found.dir())? {
+            return Ok(Self::Layers(layered, None));
+        }
+        let raw = File::open(found.dir().file(state::DISK));
+        Ok(Self::Raw(
+            raw.map_err(io_failed("open the sandbox's disk"))?,
+        ))
+    }
+
+    /// Makes room for one more layer, and that layer. While the guest runs: the layer that it writes is still the
+    /// one below.
+    fn next_layer(
+        &mut self,
+        found: &Found,
+        durably: bool,
+    ) -> Result<Option<String>, SnapshotError> {
+        let Self::Layers(layered, files) = self else {
+            return Ok(None);
+        };
+        let dir = found.dir();
+        layered.merge(dir, durably, |count, name| {
+            let merged = json!({"count": count, "path_on_host": name});
+            let change = json!({"drive_id": "disk", "merged_layers": merged});
+            change_disk(found, &change).map_err(|error| error.to_string())
+        })?;
+        let (below, name) = layered.next(dir, durably)?;
+        below.write_out();
+        *files = Some(below);
+        Ok(Some(name))
+    }
+
+    /// See [`Files::write_out`].
+    fn write_out(&self) {
+        if let Self::Layers(_, Some(files)) = self {
+            files.write_out();
+        }
+    }
+
+    /// Copies a raw disk, which stands still.
+    fn copy_to(&self, copy: Option<&File>) -> Result<(), SnapshotError> {
+        let (Self::Raw(own), Some(copy)) = (self, copy) else {
+            return Ok(());
+        };
+        let pair = || Ok((own.try_clone()?, copy.try_clone()?));
+        let copied = pair().and_then(|(own, copy)| copy_into(own, copy));
+        copied.map_err(io_failed("copy the sandbox's disk"))
+    }
+
+    /// What was captured.
+    fn disk(self, copy: Option<File>) -> Option<Disk> {
+        match self {
+            Self::None => None,
+            Self::Raw(_) => copy.map(Disk::Image),
+            Self::Layers(_, files) => files.map(Disk::Layers),
+        }
+    }
+}
+
+/// `PATCH /drives/disk`.
+fn change_disk(found: &Found, change: &serde_json::Value) -> Result<(), SnapshotError> {
+    let (body, deadline) = (change.to_string(), Instant::now() + CHANGE_LIMIT);
+    let changed = found
+        .api()
+        .map_err(vmm::ApiError::from)
+        .and_then(|mut api| {
+            vmm::request(&mut api, "PATCH", "/drives/disk", body.as_bytes(), deadline)
+        });
+    changed.map(drop).map_err(|source| SnapshotError::Api {
+        id: found.called(),
+        source,
+    })
 }
 
 /// How long the VMM says that the guest did not run.
@@ -314,17 +413,24 @@ struct Phases {
     paused_us: u64,
 }
 
-/// Has the VMM freeze state and RAM, let the guest go on, and write them into two files. Returns when they are
-/// written, with the time from the call until the guest went on.
+/// Has the VMM freeze state, RAM and disk, let the guest go on, and write the first two into files; the disk goes
+/// on with `next_layer`. Returns when they are written, with the time from the call until the guest went on.
 fn create(
     found: &Found,
     state: &File,
     memory: &File,
     kind: &str,
+    next_layer: Option<&str>,
 ) -> Result<Duration, SnapshotError> {
-    let body = format!(
-        r#"{{"snapshot_type":"{kind}","snapshot_path":"fd:state","mem_file_path":"fd:memory","resume_vm":true}}"#
-    );
+    let next: BTreeMap<&str, &str> = next_layer.map(|name| ("disk", name)).into_iter().collect();
+    let body = json!({
+        "snapshot_type": kind,
+        "snapshot_path": "fd:state",
+        "mem_file_path": "fd:memory",
+        "resume_vm": true,
+        "next_layers": next,
+    })
+    .to_string();
     let descriptors = [("state", state.as_fd()), ("memory", memory.as_fd())];
     let call = ("PUT", "/snapshot/create");
     let deadline = Instant::now() + CREATE_LIMIT;
@@ -395,12 +501,13 @@ impl<'a> Hold<'a> {
         state: &File,
         memory: &File,
         kind: &str,
+        next_layer: Option<&str>,
     ) -> Result<(Duration, Duration), SnapshotError> {
         let found = self.found;
         let asked = Instant::now();
         let until_asked = self.paused.map_or(Duration::ZERO, |since| asked - since);
         std::thread::scope(|scope| {
-            let writing = scope.spawn(|| create(found, state, memory, kind));
+            let writing = scope.spawn(|| create(found, state, memory, kind, next_layer));
             while !writing.is_finished() && !matches!(found.state(), State::Running(_)) {
                 std::thread::sleep(LOOK);
             }

@@ -5,6 +5,7 @@ use std::io;
 use belljar_keeper::client::KeeperError;
 use belljar_protocol::client::CallError;
 
+use crate::layered::LayersError;
 use crate::lifecycle::LifeError;
 use crate::registry::{ConnectError, State};
 use crate::sandbox::BootError;
@@ -24,6 +25,8 @@ pub enum SnapshotError {
     State(#[from] StateError),
     #[error(transparent)]
     Boot(#[from] BootError),
+    #[error(transparent)]
+    Layers(#[from] LayersError),
     #[error("sandbox {id} is {}", state.word())]
     WrongState { id: String, state: State },
     #[error("sandbox {id}: the guest's programs cannot be held still: {source}")]
@@ -85,7 +88,9 @@ impl SnapshotError {
                 _ => "try again; a program that waits for a broken device cannot be stopped",
             },
             Self::Api { id, .. } => return Some(format!("'belljar debug log {id}' tells more")),
-            Self::Io { .. } => "check the space below the state directory (BELLJAR_STATE)",
+            Self::Io { .. } | Self::Layers(_) => {
+                "check the space below the state directory (BELLJAR_STATE)"
+            }
             Self::Busy(_) | Self::Disturbed(_) => "try again",
             Self::NoDisk(_) => "leave out --disk-only: its memory is all there is",
             Self::Owned(_) => "'belljar restore' makes another one from a snapshot",

@@ -20,7 +20,7 @@ pub use capture::{Capture, Captured, capture};
 pub use error::SnapshotError;
 pub use fork::{Fork, Forked, fork};
 pub use reset::{Reset, reset};
-pub use restore::{Host, NewClone, Source, check, restore};
+pub use restore::{Disk, Host, NewClone, Source, check, restore};
 pub(crate) use saved::Loaded;
 pub use saved::{Origin, Saved};
 pub use store::{Stores, live};

@@ -12,9 +12,10 @@ use serde_json::json;
 
 use super::restore::{Host, NewClone, Source, bring_up};
 use super::{Loaded, Origin, SnapshotError};
+use crate::layered::Layered;
 use crate::lifecycle::{self, LifeError, Stop};
 use crate::registry::Found;
-use crate::sandbox::{Sandbox, adopt};
+use crate::sandbox::{NewDisk, Sandbox, Shape, adopt};
 use crate::stages::Stages;
 use crate::state;
 use crate::state::spec::{Life, SandboxSpec};
@@ -99,11 +100,14 @@ fn in_place(
 ) -> Result<Result<Vec<String>, String>, SnapshotError> {
     let dir = found.dir();
     let durably = spec.life == Life::Persistent;
-    source.prepare(dir, durably)?;
-    stages.mark("disk copied");
-    let discard = || {
-        let _ = std::fs::remove_file(dir.file(state::NEW_DISK));
+    // The VMM that runs has one or the other.
+    let shape = match Layered::of(dir)? {
+        Some(_) => Shape::Layers,
+        None => Shape::Raw,
     };
+    let disk = source.prepare(dir, durably, shape)?;
+    stages.mark("disk prepared");
+    let discard = || disk.discard(dir);
     // Whoever is saving it needs it as it is.
     let Some(_turn) = dir.capture_turn(LOCK_LIMIT).inspect_err(|_| discard())? else {
         discard();
@@ -111,9 +115,10 @@ fn in_place(
     };
     // It may have ended, or have been started anew, while others had their turn.
     if !found.state().is_up() || Loaded::of(found)? != source.snapshot {
+        discard();
         return Ok(Err("it was stopped meanwhile".to_owned()));
     }
-    let gone_back = go_back(found, source, durably);
+    let gone_back = go_back(found, source, &disk, durably);
     stages.mark("gone back");
     let told = gone_back.and_then(|()| {
         let told = adopt(dir, spec, Instant::now() + host.limits.boot, stages);
@@ -126,7 +131,7 @@ fn in_place(
 }
 
 /// Takes memory, processors, devices and disk back; the guest runs, with its programs still held.
-fn go_back(found: &Found, source: &Source, durably: bool) -> Result<(), String> {
+fn go_back(found: &Found, source: &Source, disk: &NewDisk, durably: bool) -> Result<(), String> {
     let dir = found.dir();
     let said = |error: &dyn std::fmt::Display| error.to_string();
     lifecycle::set_paused(found).map_err(|error| said(&error))?;
@@ -137,10 +142,17 @@ fn go_back(found: &Found, source: &Source, durably: bool) -> Result<(), String> 
     dir.remove_record(state::LAST)
         .map_err(|error| said(&error))?;
     call(found, "PUT", "/snapshot/reset", r#"{"resume_vm":false}"#)?;
-    source.install(dir, durably).map_err(|error| said(&error))?;
-    if source.disk.is_some() {
-        let body = json!({"drive_id": "disk", "path_on_host": state::DISK}).to_string();
-        call(found, "PATCH", "/drives/disk", &body)?;
+    let installed = source.install(dir, disk, durably);
+    installed.map_err(|error| said(&error))?;
+    let change = match disk {
+        NewDisk::None => None,
+        NewDisk::Raw => Some(json!({"drive_id": "disk", "path_on_host": state::DISK})),
+        NewDisk::Layers(to) => {
+            Some(json!({"drive_id": "disk", "path_on_host": to.base, "layers": to.layers}))
+        }
+    };
+    if let Some(change) = change {
+        call(found, "PATCH", "/drives/disk", &change.to_string())?;
     }
     lifecycle::set_running_again(found).map_err(|error| said(&error))
 }
@@ -170,17 +182,11 @@ fn anew(
     restored.created_ms = spec.created_ms;
     let dir = found.dir();
     // The copy, which can fail and takes its time, is made while all is as it was.
-    source.prepare(dir, true)?;
-    let lock = match stopped(found, spec) {
-        Ok(lock) => lock,
-        Err(error) => {
-            let _ = std::fs::remove_file(dir.file(state::NEW_DISK));
-            return Err(error);
-        }
-    };
+    let disk = source.prepare(dir, true, Shape::Layers)?;
+    let lock = stopped(found, spec).inspect_err(|_| disk.discard(dir))?;
     stages.mark("stopped");
     dir.forget_last_run()?;
-    source.install(dir, true)?;
+    source.install(dir, &disk, true)?;
     restored.life = Life::Persistent;
     dir.write_record_durably(state::CONFIG, &restored)?;
     stages.mark("prepared");

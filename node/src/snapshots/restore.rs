@@ -14,6 +14,7 @@ use super::SnapshotError;
 use super::saved::{IMAGE, INITRAMFS, KERNEL, Saved, base_files, drive_name};
 use crate::assets::Assets;
 use crate::cpu;
+use crate::layered::Files;
 use crate::sandbox::{Limits, Programs, Sandbox, create_with};
 use crate::stages::Stages;
 use crate::state::spec::{Life, SandboxSpec, now_ms};
@@ -30,6 +31,15 @@ pub struct NewClone {
     pub life: Life,
 }
 
+/// What the disks of clones begin as. None of these files is ever written.
+#[derive(Debug)]
+pub enum Disk {
+    /// One image.
+    Image(File),
+    /// An image, and frozen layers over it.
+    Layers(Files),
+}
+
 /// What clones are made from.
 #[derive(Debug)]
 pub struct Source {
@@ -40,7 +50,7 @@ pub struct Source {
     pub machine: Option<(File, File)>,
     /// Memory comes while the guest runs: the socket of who brings it. For one guest.
     pub handler: Option<OwnedFd>,
-    pub disk: Option<File>,
+    pub disk: Option<Disk>,
     /// Where the base images are, by drive.
     pub base_images: BTreeMap<String, String>,
     /// Everything was there already, and nothing had to be read from chunks.
@@ -97,6 +107,7 @@ impl Source {
             false => None,
         };
         let disk = opened.has_disk.then(&mut next).transpose()?;
+        let disk = disk.map(Disk::Image);
         let handler = opened.lazy.then(&mut next).transpose()?.map(OwnedFd::from);
         Ok(Self {
             handler,

@@ -19,7 +19,9 @@
 //! | `console.sock` | the guest's console |
 //! | `control.sock` | the supervisor: port forwards |
 //! | `console.log`, `vmm.log` | what the console and the VMM said, bounded |
-//! | `disk` | the writable disk |
+//! | `disk.json` | the files of the writable disk; only if it has layers |
+//! | `disk-N.base`, `disk-N.layer` | its base image and its layers, see [`crate::layered`] |
+//! | `disk` | the writable disk, if it has none: a large one, or an old one |
 //! | `disk.new` | one that is about to replace it |
 //!
 //! `…/names/NAME` are symbolic links to the directories of the sandboxes that have a name.
@@ -79,6 +81,8 @@ pub const CONSOLE_SOCKET: &str = "console.sock";
 pub const CONSOLE_LOG: &str = "console.log";
 pub const VMM_LOG: &str = "vmm.log";
 pub const DISK: &str = "disk";
+/// [`crate::layered::Layered`].
+pub const DISK_RECORD: &str = "disk.json";
 /// A disk that is to take the place of `disk`.
 pub const NEW_DISK: &str = "disk.new";
 

@@ -18,6 +18,28 @@ pub struct Drive {
     pub is_read_only: bool,
     pub is_root_device: bool,
     pub cache_type: CacheType,
+    /// With [`Format::Layers`] `path_on_host` is the base image, and is only read.
+    #[serde(skip_serializing_if = "Format::is_raw")]
+    pub format: Format,
+    /// Lowest first; the last one is written.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub layers: Vec<String>,
+}
+
+/// What a drive's bytes are in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    Raw,
+    Layers,
+}
+
+impl Format {
+    // As serde asks.
+    #[allow(clippy::trivially_copy_pass_by_ref)]
+    fn is_raw(&self) -> bool {
+        *self == Self::Raw
+    }
 }
 
 /// Whether the guest's flushes reach the host's disk.
@@ -149,6 +171,8 @@ mod tests {
                 is_read_only: true,
                 is_root_device: false,
                 cache_type: CacheType::Unsafe,
+                format: Format::Raw,
+                layers: Vec::new(),
             }],
             vsock_path: "v.sock".into(),
             console_path: "console.sock".into(),

@@ -9,7 +9,7 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-pub use config::{CacheType, Call, Config, Drive};
+pub use config::{CacheType, Call, Config, Drive, Format};
 pub use http::{HttpError, Response};
 
 /// A call failed.

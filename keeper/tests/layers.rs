@@ -1,0 +1,201 @@
+//! Disks that come to the keeper as layers over a base image, and go from it as one image.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+
+use belljar_keeper::client::{Client, KeeperError};
+use belljar_keeper::v1::{self, error::Code, reply::Result as Answer, request::Call};
+use belljar_layers::{LayerId, Stack, create};
+use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
+
+mod common;
+
+use common::{Place, content, list, open, pages, refused};
+
+const SIZE: u64 = 2 << 20;
+
+/// A disk that a guest writes, and what it holds.
+struct Disk {
+    base: File,
+    layers: Vec<File>,
+    stack: Stack<File>,
+    model: Vec<u8>,
+}
+
+fn empty() -> File {
+    tempfile::tempfile().unwrap()
+}
+
+impl Disk {
+    fn new() -> Self {
+        let base = empty();
+        base.set_len(SIZE).unwrap();
+        let mut model = vec![0; SIZE as usize];
+        for at in [8192, 1 << 20] {
+            let data = pages(at as u64, 20);
+            base.write_all_at(&data, at as u64).unwrap();
+            model[at..at + data.len()].copy_from_slice(&data);
+        }
+        let top = empty();
+        create(&top, "top", SIZE, LayerId::BASE).unwrap();
+        let layers = vec![(top.try_clone().unwrap(), "top".to_owned())];
+        let stack = Stack::open((base.try_clone().unwrap(), "base"), layers, true).unwrap();
+        Self {
+            base,
+            layers: vec![top],
+            stack,
+            model,
+        }
+    }
+
+    fn write(&mut self, at: u64, bytes: &[u8]) {
+        self.stack.write(bytes, at).unwrap();
+        let at = at as usize;
+        self.model[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+
+    fn zero(&mut self, at: u64, length: u64) {
+        self.stack.write_zeroes(at, length).unwrap();
+        self.model[at as usize..(at + length) as usize].fill(0);
+    }
+
+    /// Makes all layers but a new one frozen.
+    fn freeze(&mut self) {
+        let next = empty();
+        let opened = self.stack.next(next.try_clone().unwrap(), "next").unwrap();
+        self.stack.freeze(opened).unwrap();
+        self.layers.push(next);
+    }
+
+    fn frozen(&self) -> Vec<&File> {
+        let count = self.layers.len() - 1;
+        std::iter::once(&self.base)
+            .chain(&self.layers[..count])
+            .collect()
+    }
+}
+
+fn keep(client: &mut Client, files: &[&File], count: u32) -> Result<String, KeeperError> {
+    let begin = Call::Begin(v1::Begin::default());
+    let (Answer::Begun(_), got) = client.call(begin, &[], |_| {}).unwrap() else {
+        panic!("not begun")
+    };
+    assert_eq!(got.len(), 1, "only the state's file");
+    let keep = v1::Keep {
+        has_disk: true,
+        sandbox: b"who it was".to_vec(),
+        disk_layers: count,
+        ..v1::Keep::default()
+    };
+    let files: Vec<_> = files.iter().map(|file| file.as_fd()).collect();
+    let (Answer::Accepted(accepted), _) = client.call(Call::Keep(keep), &files, |_| {})? else {
+        panic!("not accepted")
+    };
+    let (Answer::Kept(_), _) = client.answer(|_| {})? else {
+        panic!("not kept")
+    };
+    Ok(accepted.id)
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Write(u64, u64, u64),
+    Zero(u64, u64),
+    Freeze,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let range = || {
+        (0..SIZE / 512, 1u64..200)
+            .prop_map(|(at, len)| (at * 512, (len * 512).min(SIZE - at * 512)))
+    };
+    prop_oneof![
+        4 => (range(), any::<u64>()).prop_map(|((at, len), seed)| Step::Write(at, len, seed)),
+        1 => range().prop_map(|(at, len)| Step::Zero(at, len)),
+        1 => Just(Step::Freeze),
+    ]
+}
+
+#[test]
+fn what_layers_hold_is_given_back_byte_for_byte() {
+    let place = Place::new();
+    let client = RefCell::new(place.connect());
+    let config = ProptestConfig {
+        failure_persistence: None,
+        ..ProptestConfig::with_cases(16)
+    };
+    let all = prop::collection::vec(step(), 1..30);
+    let mut runner = TestRunner::new(config);
+    let outcome = runner.run(&all, |steps| {
+        let mut disk = Disk::new();
+        for step in &steps {
+            match *step {
+                Step::Write(at, length, seed) => {
+                    let bytes = pages(seed, 1 + length as usize / 4096);
+                    disk.write(at, &bytes[..length as usize]);
+                }
+                Step::Zero(at, length) => disk.zero(at, length),
+                // The last one is still to come.
+                Step::Freeze if disk.layers.len() < 7 => disk.freeze(),
+                Step::Freeze => {}
+            }
+        }
+        disk.freeze();
+        let files = disk.frozen();
+        let mut client = client.borrow_mut();
+        let id = keep(&mut client, &files, files.len() as u32 - 1).unwrap();
+        let (opened, files) = open(&mut client, &id).unwrap();
+        prop_assert!(opened.has_disk && !opened.has_memory);
+        prop_assert!(content(&files[0]) == disk.model);
+        Ok(())
+    });
+    outcome.unwrap();
+}
+
+#[test]
+fn layers_that_are_no_frozen_disk_are_refused() {
+    let place = Place::new();
+    let mut client = place.connect();
+    let mut disk = Disk::new();
+    disk.write(4096, &[1; 4096]);
+    disk.freeze();
+    disk.write(0, &[2; 4096]);
+    disk.freeze();
+    let (base, layers) = (&disk.base, &disk.layers);
+    let small = empty();
+    small.set_len(SIZE / 2).unwrap();
+    for (files, count, says) in [
+        (vec![], 1, "should have come"),
+        (vec![base], 1, "should have come"),
+        (vec![base, &layers[0], &layers[1]], 3, "should have come"),
+        (vec![base, &layers[1], &layers[0]], 2, "lies over layer"),
+        (vec![base, &layers[1]], 1, "over a base image"),
+        (vec![&small, &layers[0]], 1, "bytes"),
+        (vec![base, base], 1, "layer 1"),
+        (
+            vec![base, &layers[0], &layers[1], &layers[2]],
+            3,
+            "not frozen",
+        ),
+        // Nothing of them at all.
+        (vec![], 0, "no disk"),
+    ] {
+        let (code, message) = refused(keep(&mut client, &files, count));
+        assert_eq!(code, Code::Invalid, "{message}");
+        assert!(message.contains(says), "{message}: {says}");
+    }
+    assert_eq!(list(&mut client), []);
+    let files = disk.frozen();
+    let id = keep(&mut client, &files, 2).unwrap();
+    let (_, files) = open(&mut client, &id).unwrap();
+    assert!(content(&files[0]) == disk.model);
+}
