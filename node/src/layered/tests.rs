@@ -254,11 +254,9 @@ fn many_snapshots_stay_possible_and_cost_few_files() {
     for _ in 0..10 {
         one.capture(3, false);
     }
-    let disk = Layered::of(&one.dir).unwrap().unwrap();
+    let mut disk = Layered::of(&one.dir).unwrap().unwrap();
     assert_eq!(disk.layers.len(), MAX_LAYERS);
-    let error = disk
-        .clone()
-        .merge(&one.dir, true, |_, _| Err("refused".to_owned()));
+    let error = disk.merge(&one.dir, true, |_, _| Err("refused".to_owned()));
     let error = error.unwrap_err().to_string();
     assert!(
         error.contains("8 layers") && error.contains("refused"),

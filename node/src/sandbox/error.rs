@@ -87,12 +87,13 @@ impl BootError {
         let text = match self {
             Self::Asset(error) => return Some(error.remedy()),
             Self::State(_) => "'belljar doctor' checks the state directory",
-            Self::Layers(_) => "check the space below the state directory (BELLJAR_STATE)",
             Self::MakeDisk(error) => return Some(error.remedy()),
             Self::Name(ClaimError::Taken { .. }) => {
                 "choose another name, or remove that sandbox with 'belljar rm'"
             }
-            Self::Disk(_) => "check the space below the state directory (BELLJAR_STATE)",
+            Self::Disk(_) | Self::Layers(_) => {
+                "check the space below the state directory (BELLJAR_STATE)"
+            }
             Self::NotAdopted(_) => {
                 "the snapshot may be of a guest that hung; restore an older one, or boot a new guest"
             }
