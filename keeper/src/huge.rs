@@ -125,8 +125,10 @@ mod tests {
         assert!(read(&file) == before, "contents changed");
         let blocks = file.metadata().unwrap().blocks() * 512;
         assert!(blocks <= 3 * PIECE + 2 * 4096, "{blocks} bytes, {done:?}");
-        // And once more: what is huge is found so.
-        assert_eq!(collapse(&file).unwrap(), done);
+        // And once more: what is huge is found so. What was refused for want of memory may not be any more.
+        let again = collapse(&file).unwrap();
+        assert!(again.huge >= done.huge, "{done:?} {again:?}");
+        assert_eq!(again.huge + again.refused, 3, "{again:?}");
     }
 
     fn read(file: &File) -> Vec<u8> {
