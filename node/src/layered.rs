@@ -10,6 +10,7 @@
 
 use std::fs::{File, Permissions};
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -53,6 +54,22 @@ pub enum LayersError {
 fn io_failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> LayersError + use<> {
     let path = path.to_path_buf();
     move |source| LayersError::Io { what, path, source }
+}
+
+/// Why there is no merged layer.
+#[derive(Debug, thiserror::Error)]
+enum NotMerged {
+    #[error(transparent)]
+    Files(#[from] LayersError),
+    /// By the VMM.
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl From<layers::Error> for NotMerged {
+    fn from(error: layers::Error) -> Self {
+        Self::Files(error.into())
+    }
 }
 
 /// Whether a disk of so many bytes can have layers; a larger one is one raw file.
@@ -240,8 +257,9 @@ impl Layered {
         }
     }
 
-    /// If there are many layers, puts one in the place of those that are frozen; `tell` has the VMM that runs use
-    /// it, given their number and its name. If that cannot be, all is as it was.
+    /// If there are many layers, puts one in the place of the newest frozen ones: of as many as are not large beside
+    /// those over them, so that what is large is not written again each time. `tell` has the VMM that runs use it,
+    /// given its name. If that cannot be, all is as it was.
     ///
     /// # Errors
     /// No more layers are possible, and they cannot be merged.
@@ -249,47 +267,62 @@ impl Layered {
         &mut self,
         dir: &SandboxDir,
         durably: bool,
-        tell: impl FnOnce(usize, &str) -> Result<(), String>,
+        mut tell: impl FnMut(&str) -> Result<(), String>,
     ) -> Result<(), LayersError> {
         if self.layers.len() < MERGE_FROM || self.has_spare(dir)? {
             return Ok(());
         }
-        match self.merge_frozen(dir, durably, tell) {
-            Err(why) if self.layers.len() >= MAX_LAYERS => Err(LayersError::Full(why)),
+        let frozen = self.layers.len().saturating_sub(1);
+        let first = worth_merging(&self.sizes(dir, frozen));
+        let merged = match self.merge_frozen(dir, durably, first..frozen, &mut tell) {
+            // Whoever merged before may have been cut off between telling the VMM and writing it down: then the VMM
+            // has one for several that are written down here. One for all can take the place of whatever it has.
+            Err(NotMerged::Refused(_)) if first > 0 => {
+                self.merge_frozen(dir, durably, 0..frozen, &mut tell)
+            }
+            merged => merged,
+        };
+        match merged {
+            Err(why) if self.layers.len() >= MAX_LAYERS => Err(LayersError::Full(why.to_string())),
             _ => Ok(()),
         }
+    }
+
+    /// Bytes on the host's disk of the lowest `count` layers.
+    fn sizes(&self, dir: &SandboxDir, count: usize) -> Vec<u64> {
+        let frozen = self.layers.iter().take(count);
+        let of = frozen.map(|name| std::fs::metadata(dir.file(name)));
+        of.map(|of| of.map_or(0, |of| of.blocks().saturating_mul(512)))
+            .collect()
     }
 
     fn merge_frozen(
         &mut self,
         dir: &SandboxDir,
         durably: bool,
-        tell: impl FnOnce(usize, &str) -> Result<(), String>,
-    ) -> Result<(), String> {
-        let said = |error: &dyn std::fmt::Display| error.to_string();
-        let count = self.layers.len().saturating_sub(1);
-        let frozen = self.layers.get(..count).unwrap_or_default();
+        range: Range<usize>,
+        tell: &mut impl FnMut(&str) -> Result<(), String>,
+    ) -> Result<(), NotMerged> {
+        let frozen = self.layers.get(range.clone()).unwrap_or_default();
         let opened = frozen
             .iter()
             .map(|name| Ok((open(dir, name)?, name.clone())));
-        let opened = opened
-            .collect::<Result<_, LayersError>>()
-            .map_err(|e| said(&e))?;
-        let view = View::open(opened).map_err(|e| said(&e))?;
-        let (file, name) = new_file(dir, LAYER).map_err(|e| said(&e))?;
+        let view = View::open(opened.collect::<Result<_, LayersError>>()?)?;
+        let (file, name) = new_file(dir, LAYER)?;
         let merged = layers::merge(&view, file, &name, &mut |_| Ok(()))
-            .map_err(|e| said(&e))
+            .map_err(LayersError::from)
             // Before the VMM uses it: after a crash either record can be opened.
-            .and_then(|_| sync_dir(dir, durably).map_err(|e| said(&e)))
-            .and_then(|()| tell(count, &name));
+            .and_then(|_| sync_dir(dir, durably))
+            .map_err(NotMerged::from)
+            .and_then(|()| tell(&name).map_err(NotMerged::Refused));
         if let Err(error) = merged {
             let _ = std::fs::remove_file(dir.file(&name));
             return Err(error);
         }
         let mut new = self.clone();
-        let old: Vec<String> = new.layers.splice(..count, [name]).collect();
-        // If this fails both are there, and hold the same.
-        new.record(dir, durably).map_err(|e| said(&e))?;
+        let old: Vec<String> = new.layers.splice(range, [name]).collect();
+        // If this fails both are there, and hold the same; see `merge`.
+        new.record(dir, durably)?;
         *self = new;
         for name in old {
             let _ = std::fs::remove_file(dir.file(&name));
@@ -330,6 +363,21 @@ impl Files {
             let _ = top.sync_data();
         }
     }
+}
+
+/// From which of these layers on to merge, by their sizes, lowest first: two at the least.
+fn worth_merging(sizes: &[u64]) -> usize {
+    let mut first = sizes.len().saturating_sub(2);
+    let mut sum: u64 = sizes.iter().skip(first).sum();
+    while let Some((below, size)) = first
+        .checked_sub(1)
+        .and_then(|below| Some((below, *sizes.get(below)?)))
+        && size <= sum
+    {
+        first = below;
+        sum = sum.saturating_add(size);
+    }
+    first
 }
 
 /// `None`: no file of a disk is called so.

@@ -526,50 +526,64 @@ impl<M: Medium> Stack<M> {
         }
     }
 
-    /// Puts one layer, made by [`merge`](crate::merge), in the place of the `count` lowest.
+    /// Puts one layer, made by [`merge`](crate::merge), in the place of the frozen layers that went into it: from
+    /// the one that lies over its parent to the one whose state it holds. Returns how many these were; if it is
+    /// there already, one.
     ///
     /// # Errors
-    /// It is not frozen, is over or holds another state, or has not the same clusters.
-    pub fn replace_lowest(&mut self, count: usize, medium: M, name: &str) -> Result<()> {
-        let frozen = self.layers.len() - usize::from(self.top.is_some());
-        let replaced = self.layers.get(..count).filter(|_| count <= frozen);
-        let Some(([first, ..], last)) = replaced.map(|r| (r, r.last())) else {
-            return Err(Error::TooMany);
-        };
+    /// It is not frozen, is over or holds a state that no frozen layer has, or has not the same clusters.
+    pub fn replace_merged(&mut self, medium: M, name: &str) -> Result<usize> {
         let (merged, map) = Layer::read(medium, name)?;
         if merged.state() != State::Frozen {
             return Err(Error::NotFrozen {
                 layer: name.to_owned(),
             });
         }
-        let fits = last.is_some_and(|last| last.id() == merged.id())
-            && first.parent() == merged.parent()
-            && merged.size() == self.size
-            && self.same_clusters(count, &map);
-        if !fits {
+        let range = self
+            .range_of(&merged)
+            .filter(|range| merged.size() == self.size && self.same_clusters(range, &map));
+        let Some(range) = range else {
             return Err(Error::OtherClusters {
                 layer: name.to_owned(),
             });
-        }
-        self.layers.splice(..count, [merged]);
-        let gone = count - 1;
+        };
+        let (first, count) = (range.start, range.len());
+        self.layers.splice(range, [merged]);
         self.owners.rename(|owner| {
+            // Owner n is layer n - 1.
             let owner = usize::from(owner);
-            (if owner <= count { 1 } else { owner - gone }) as Owner
+            let new = match owner.checked_sub(first + 1) {
+                None => owner,
+                Some(at) if at < count => first + 1,
+                Some(_) => owner - (count - 1),
+            };
+            new as Owner
         });
-        Ok(())
+        Ok(count)
     }
 
-    /// Whether `map` has all clusters that the `count` lowest layers own, and none that nobody has.
-    fn same_clusters(&self, count: usize, map: &Bitmap) -> bool {
+    /// Which frozen layers hold, together, what this one says that it holds.
+    fn range_of(&self, merged: &Layer<M>) -> Option<std::ops::Range<usize>> {
+        let frozen = self.layers.len() - usize::from(self.top.is_some());
+        let frozen = self.layers.get(..frozen)?;
+        let first = frozen.iter().position(|l| l.parent() == merged.parent())?;
+        let last = frozen.iter().position(|l| l.id() == merged.id())?;
+        (first <= last).then_some(first..last + 1)
+    }
+
+    /// Whether `map` has all clusters that the layers of `range` own, and none that lower ones, or nobody, have.
+    fn same_clusters(&self, range: &std::ops::Range<usize>, map: &Bitmap) -> bool {
         let mut at = 0;
         while at < self.owners.clusters() {
             let (owner, run) = self.owners.run(at, self.owners.clusters());
             let mut clusters = at..at + run;
-            let good = match usize::from(owner) {
-                0 => clusters.all(|cluster| !map.has(cluster)),
-                owner if owner <= count => clusters.all(|cluster| map.has(cluster)),
-                _ => true,
+            let owner = usize::from(owner);
+            let good = if owner <= range.start {
+                clusters.all(|cluster| !map.has(cluster))
+            } else if owner <= range.end {
+                clusters.all(|cluster| map.has(cluster))
+            } else {
+                true
             };
             if !good {
                 return false;

@@ -1,6 +1,7 @@
 //! A disk with its guest played by [`Stack`]: whatever is cut off, what was flushed is there, and what was captured
 //! stays what it was.
 use super::*;
+use crate::sandbox::small_disk;
 use belljar_layers::Stack;
 use proptest::prelude::*;
 use std::os::unix::fs::FileExt;
@@ -57,7 +58,15 @@ fn names(dir: &SandboxDir) -> Vec<String> {
 
 impl Played {
     fn new(base: &File, frozen: &[File], model: Vec<u8>) -> Self {
-        let (place, dir) = place();
+        Self::new_in(place(), base, frozen, model)
+    }
+
+    fn new_in(
+        (place, dir): (tempfile::TempDir, SandboxDir),
+        base: &File,
+        frozen: &[File],
+        model: Vec<u8>,
+    ) -> Self {
         let disk = Layered::make(&dir, base, frozen, true).unwrap();
         disk.install(&dir, true).unwrap();
         let mut new = Self {
@@ -120,16 +129,17 @@ impl Played {
         let dir = self.dir.clone();
         let mut disk = Layered::of(&dir).unwrap().unwrap();
         let vmm = self.vmm.as_mut().unwrap();
-        let merged = disk.merge(&dir, true, |count, name| {
+        let merged = disk.merge(&dir, true, |name| {
             if !merges {
                 return Err("refused".to_owned());
             }
             let file = File::open(dir.file(name)).unwrap();
-            vmm.replace_lowest(count, file, name)
-                .map_err(|error| error.to_string())
+            let replaced = vmm.replace_merged(file, name);
+            replaced.map(drop).map_err(|error| error.to_string())
         });
         if merged.is_err() {
-            assert!(!merges && disk.layers.len() == MAX_LAYERS, "{merged:?}");
+            let expected = !merges || dir.file("disk.json.new").exists();
+            assert!(expected && disk.layers.len() == MAX_LAYERS, "{merged:?}");
             return;
         }
         assert_eq!(Layered::of(&dir).unwrap().unwrap(), disk);
@@ -161,8 +171,17 @@ impl Played {
         vmm.freeze(next).unwrap();
     }
 
+    /// Merges; whoever does is cut off when the VMM uses it already and nothing says so yet.
+    fn merge_cut_off(&mut self) {
+        let obstacle = self.dir.file("disk.json.new");
+        std::fs::create_dir(&obstacle).unwrap();
+        self.capture(0, true);
+        std::fs::remove_dir(&obstacle).unwrap();
+    }
+
     fn take(&mut self, step: &Step) {
         match *step {
+            Step::MergeCutOff => self.merge_cut_off(),
             Step::Late => {
                 if let Some(name) = self.asked.take() {
                     self.freeze(&name);
@@ -198,6 +217,7 @@ impl Played {
 enum Step {
     Write(u64, u64, u8),
     Capture(u8, bool),
+    MergeCutOff,
     /// The VMM gets to what somebody asked of it who has gone.
     Late,
     Kill,
@@ -211,6 +231,7 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         4 => (range, any::<u8>()).prop_map(|((at, len), byte)| Step::Write(at, len, byte)),
         6 => (0u8..6, any::<bool>()).prop_map(|(far, merges)| Step::Capture(far.min(3), merges)),
+        1 => Just(Step::MergeCutOff),
         1 => Just(Step::Late),
         1 => Just(Step::Kill),
         1 => Just(Step::Stop),
@@ -256,7 +277,7 @@ fn many_snapshots_stay_possible_and_cost_few_files() {
     }
     let mut disk = Layered::of(&one.dir).unwrap().unwrap();
     assert_eq!(disk.layers.len(), MAX_LAYERS);
-    let error = disk.merge(&one.dir, true, |_, _| Err("refused".to_owned()));
+    let error = disk.merge(&one.dir, true, |_| Err("refused".to_owned()));
     let error = error.unwrap_err().to_string();
     assert!(
         error.contains("8 layers") && error.contains("refused"),
@@ -264,6 +285,85 @@ fn many_snapshots_stay_possible_and_cost_few_files() {
     );
     one.write(0, 4096, 9);
     one.take(&Step::Kill);
+}
+
+#[test]
+fn what_is_large_is_not_written_again_for_what_is_small() {
+    for (sizes, first) in [
+        (&[5, 5, 5, 5, 5][..], 0),
+        (&[100, 5, 5, 5, 5], 1),
+        (&[100, 50, 20, 1, 9], 3),
+        (&[1, 50, 9, 1, 9], 2),
+        (&[1, 2], 0),
+        (&[0, 0, 0], 0),
+        (&[1], 0),
+        (&[], 0),
+    ] {
+        assert_eq!(worth_merging(sizes), first, "{sizes:?}");
+    }
+}
+
+#[test]
+fn a_merge_that_was_cut_off_after_the_vmm_knew_does_not_end_merging() {
+    let mut one = Played::fresh();
+    for round in 0..12 {
+        one.write(u64::from(round) * 4096, 4096, round);
+        one.capture(3, true);
+        one.merge_cut_off();
+        let disk = Layered::of(&one.dir).unwrap().unwrap();
+        assert!(disk.layers.len() <= MERGE_FROM + 1, "{disk:?}");
+        one.check();
+    }
+    one.take(&Step::Kill);
+    for (files, model) in &one.captured {
+        assert!(content_of(files) == *model);
+    }
+}
+
+#[test]
+fn merging_on_a_full_disk_leaves_the_disk_as_it_was() {
+    let name = "layered::tests::merging_on_a_full_disk_leaves_the_disk_as_it_was";
+    if !small_disk::in_a_namespace(name) {
+        return;
+    }
+    let place = tempfile::tempdir().unwrap();
+    small_disk::mount_small(2, place.path());
+    let dir = SandboxDir::existing(place.path());
+    let model: Vec<u8> = vec![3; SIZE as usize];
+    let mut one = Played::new_in((place, dir.clone()), &file(&model), &[], model);
+    for number in 1..MERGE_FROM {
+        // All of it each time, so that one for all needs as much again.
+        one.write(0, SIZE, number as u8);
+        one.capture(3, true);
+    }
+    let before = Layered::of(&dir).unwrap().unwrap();
+    assert_eq!(before.layers.len(), MERGE_FROM);
+    let files = names(&dir);
+    let (mut failed, mut merged) = (0, false);
+    for left in (0..2 * SIZE).step_by(8 << 10) {
+        let ballast = small_disk::Ballast::leaving(dir.path(), left);
+        one.capture(0, true);
+        drop(ballast);
+        let now = Layered::of(&dir).unwrap().unwrap();
+        one.check();
+        if now != before {
+            merged = true;
+            break;
+        }
+        failed += 1;
+        // With room for the layer and none for the record, the VMM has the layer.
+        let more: Vec<_> = names(&dir)
+            .into_iter()
+            .filter(|name| !files.contains(name))
+            .collect();
+        assert!(more.len() <= 2, "{more:?}");
+    }
+    assert!(merged && failed > 3, "{failed}");
+    one.take(&Step::Kill);
+    one.capture(3, true);
+    for (files, model) in &one.captured {
+        assert!(content_of(files) == *model);
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ mod record;
 mod restore;
 #[cfg(test)]
 #[path = "../../../tests/support/small_disk.rs"]
-mod small_disk;
+pub(crate) mod small_disk;
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};

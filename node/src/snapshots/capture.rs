@@ -354,8 +354,8 @@ impl Own {
             return Ok(None);
         };
         let dir = found.dir();
-        layered.merge(dir, durably, |count, name| {
-            let merged = json!({"count": count, "path_on_host": name});
+        layered.merge(dir, durably, |name| {
+            let merged = json!({"path_on_host": name});
             let change = json!({"drive_id": "disk", "merged_layers": merged});
             change_disk(found, &change).map_err(|error| error.to_string())
         })?;

@@ -104,8 +104,6 @@ pub struct DrivePatch {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MergedLayers {
-    /// How many, from the lowest on.
-    pub count: usize,
     pub path_on_host: Source,
 }
 
@@ -321,7 +319,7 @@ mod tests {
             let error = drive(fields).unwrap_err();
             assert!(error.contains(says), "{error}: {says}");
         }
-        let merged = r#""merged_layers": {"count": 2, "path_on_host": "b"}"#;
+        let merged = r#""merged_layers": {"path_on_host": "b"}"#;
         for (fields, says) in [
             (&*format!(r#""path_on_host": "a", {merged}"#), "alone"),
             (&format!(r#""next_layer": "a", {merged}"#), "alone"),

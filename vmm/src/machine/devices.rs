@@ -95,8 +95,8 @@ fn update_layers(
     };
     if let Some(merged) = &patch.merged_layers {
         let file = open("merged_layers", &merged.path_on_host, Expect::ReadFile)?;
-        let done = handle.replace_lowest(merged.count, file);
-        return done.map_err(failed("merged_layers"));
+        let done = handle.replace_merged(file);
+        return done.map(drop).map_err(failed("merged_layers"));
     }
     if let Some(next) = &patch.next_layer {
         let file = open("next_layer", next, Expect::WriteDisk)?;

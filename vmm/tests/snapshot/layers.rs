@@ -116,13 +116,18 @@ fn a_snapshot_freezes_a_layer_and_clones_have_their_own() {
     let view = View::open(vec![open(dir, "one"), open(dir, "two")]).unwrap();
     empty(dir, "merged");
     merge(&view, open(dir, "merged").0, "merged", &mut |_| Ok(())).unwrap();
-    let merged = |count: u32, path: &str| {
-        let merged = format!(r#"{{"count": {count}, "path_on_host": "{path}"}}"#);
+    let merged = |path: &str| {
+        let merged = format!(r#"{{"path_on_host": "{path}"}}"#);
         format!(r#"{{"drive_id": "disk", "merged_layers": {merged}}}"#)
     };
-    let answer = vmm.call("PATCH", "/drives/disk", &merged(1, "merged"));
+    // One without their clusters cannot take their place.
+    empty(dir, "wrong");
+    let wrong = open(dir, "wrong").0;
+    let builder = belljar_layers::Builder::new(wrong, "wrong", SIZE, view.id(), view.parent());
+    builder.unwrap().finish().unwrap();
+    let answer = vmm.call("PATCH", "/drives/disk", &merged("wrong"));
     assert!(answer.refused().contains("same clusters"), "{answer:?}");
-    vmm.patch(("/drives/disk", &merged(2, "merged")));
+    vmm.patch(("/drives/disk", &merged("merged")));
     assert_eq!(layers(&vmm), r#"["merged","three"]"#);
     let other = r#"{"drive_id": "disk", "path_on_host": "base"}"#;
     let answer = vmm.call("PATCH", "/drives/disk", other);

@@ -146,12 +146,31 @@ fn eight_layers_are_enough_and_merging_makes_room() {
     assert_eq!((layer.id(), layer.parent()), (view.id(), LayerId::BASE));
     assert!(calls > 0);
     // One that has other clusters, and one for another place, change nothing.
-    for (count, file) in [(6, &merged), (7, &files[0]), (8, &merged), (0, &merged)] {
-        stack
-            .replace_lowest(count, Arc::clone(file), "m")
-            .unwrap_err();
+    let other = file(0);
+    let few = View::open(named(&files[..3].iter().collect::<Vec<_>>())).unwrap();
+    let builder = crate::Builder::new(
+        Arc::clone(&other),
+        "o",
+        stack.size(),
+        few.id(),
+        few.parent(),
+    );
+    builder.unwrap().finish().unwrap();
+    for file in [&other, &files[7]] {
+        stack.replace_merged(Arc::clone(file), "m").unwrap_err();
     }
-    stack.replace_lowest(7, merged, "merged").unwrap();
+    // In the middle first, then all; once more is once.
+    let middle = file(0);
+    let few = View::open(named(&files[2..5].iter().collect::<Vec<_>>())).unwrap();
+    crate::merge(&few, Arc::clone(&middle), "middle", &mut |_| Ok(())).unwrap();
+    assert_eq!(stack.replace_merged(Arc::clone(&middle), "m").unwrap(), 3);
+    assert_eq!(stack.replace_merged(middle, "m").unwrap(), 1);
+    assert_eq!(stack.layers().len(), 6);
+    assert_eq!(
+        stack.replace_merged(Arc::clone(&merged), "merged").unwrap(),
+        5
+    );
+    assert_eq!(stack.replace_merged(merged, "merged").unwrap(), 1);
     assert_eq!(stack.layers().len(), 2);
     let mut bytes = [0; 4096];
     for round in 1..8u8 {

@@ -18,7 +18,8 @@ pub(super) enum Step {
     Read(u64, u64),
     Flush,
     Freeze,
-    Merge(usize),
+    /// The first, and how many.
+    Merge(usize, usize),
     Reopen,
 }
 
@@ -34,7 +35,7 @@ pub(super) fn step() -> impl Strategy<Value = Step> {
         2 => range().prop_map(|(at, len)| Step::Read(at, len)),
         1 => Just(Step::Flush),
         1 => Just(Step::Freeze),
-        1 => (1usize..7).prop_map(Step::Merge),
+        1 => (0usize..4, 1usize..7).prop_map(|(first, count)| Step::Merge(first, count)),
         1 => Just(Step::Reopen),
     ]
 }
@@ -97,7 +98,7 @@ impl Pair {
                 self.files.push(top);
                 self.states.push(self.model.clone());
             }
-            Step::Merge(count) => self.merge(count),
+            Step::Merge(first, count) => self.merge(first, count),
             Step::Reopen => {
                 self.stack.close().unwrap();
                 let files: Vec<_> = self.files.iter().collect();
@@ -107,19 +108,19 @@ impl Pair {
         }
     }
 
-    fn merge(&mut self, count: usize) {
-        if count >= self.files.len() {
+    fn merge(&mut self, first: usize, count: usize) {
+        let range = first..first + count;
+        if range.end >= self.files.len() {
             return;
         }
-        let files: Vec<_> = self.files[..count].iter().collect();
+        let files: Vec<_> = self.files[range.clone()].iter().collect();
         let view = View::open(named(&files)).unwrap();
         let merged = file(0);
         merge(&view, Arc::clone(&merged), "merged", &mut |_| Ok(())).unwrap();
-        self.stack
-            .replace_lowest(count, Arc::clone(&merged), "merged")
-            .unwrap();
-        self.files.splice(..count, [merged]);
-        self.states.drain(..count - 1);
+        let replaced = self.stack.replace_merged(Arc::clone(&merged), "merged");
+        assert_eq!(replaced.unwrap(), count);
+        self.files.splice(range.clone(), [merged]);
+        self.states.drain(first..range.end - 1);
     }
 
     /// Every frozen state is still what it was, also by its extents, and in no other byte.

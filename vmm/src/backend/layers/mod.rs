@@ -149,16 +149,16 @@ impl Handle {
         Ok(())
     }
 
-    /// Puts a merged layer in the place of the `count` lowest ones.
+    /// Puts a merged layer in the place of those that went into it. Returns how many they were.
     ///
     /// # Errors
     /// It does not hold what they hold.
-    pub fn replace_lowest(&self, count: usize, merged: Named) -> Result<()> {
+    pub fn replace_merged(&self, merged: Named) -> Result<usize> {
         let (file, name) = merged.take(true)?;
         let mut shared = lock(&self.0);
-        shared.stack.replace_lowest(count, file, &name)?;
+        let count = shared.stack.replace_merged(file, &name)?;
         shared.generation += 1;
-        Ok(())
+        Ok(count)
     }
 
     /// Puts another image of the same size and other layers in the place of all. What was not flushed to the ones

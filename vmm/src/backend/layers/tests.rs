@@ -161,7 +161,7 @@ impl Drive {
                 self.files.push(next);
                 self.states.push(self.model.clone());
             }
-            Step::Merge(count) => self.merge(count),
+            Step::Merge(first, count) => self.merge(first, count),
             Step::Replace(byte) => {
                 self.settle();
                 self.replace(byte);
@@ -198,21 +198,21 @@ impl Drive {
     }
 
     /// With requests in flight, as under a running guest.
-    fn merge(&mut self, count: usize) {
-        if count + 2 > self.files.len() {
+    fn merge(&mut self, first: usize, count: usize) {
+        let range = first + 1..first + 1 + count;
+        if range.end >= self.files.len() {
             return;
         }
-        let layers = self.files[1..=count].iter();
+        let layers = self.files[range.clone()].iter();
         let layers = layers.map(|file| (again(file, false), "layer".to_owned()));
         let view = belljar_layers::View::open(layers.collect()).unwrap();
         let merged = memory(0);
         let into = again(&merged, true);
         belljar_layers::merge(&view, into, "merged", &mut |_| Ok(())).unwrap();
-        self.handle
-            .replace_lowest(count, named(&merged, false))
-            .unwrap();
-        self.files.splice(1..=count, [merged]);
-        self.states.drain(..count - 1);
+        let replaced = self.handle.replace_merged(named(&merged, false));
+        assert_eq!(replaced.unwrap(), count);
+        self.files.splice(range, [merged]);
+        self.states.drain(first..first + count - 1);
     }
 }
 
@@ -224,7 +224,8 @@ enum Step {
     Read,
     Flush,
     Freeze,
-    Merge(usize),
+    /// The first, and how many.
+    Merge(usize, usize),
     Replace(u8),
 }
 
@@ -239,7 +240,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Step::Read),
         3 => Just(Step::Flush),
         1 => Just(Step::Freeze),
-        1 => (1usize..7).prop_map(Step::Merge),
+        1 => (0usize..4, 1usize..7).prop_map(|(first, count)| Step::Merge(first, count)),
         1 => (1u8..).prop_map(Step::Replace),
     ]
 }
@@ -257,7 +258,7 @@ fn without_races(steps: Vec<Step>) -> Vec<Step> {
                 }
                 open.push((at, length));
             }
-            Step::Flush | Step::Merge(_) => {}
+            Step::Flush | Step::Merge(..) => {}
             _ => open.clear(),
         }
         all.push(step);
