@@ -89,12 +89,19 @@ fn take(args: &Args) -> Result<u8, Failure> {
 
 /// What it took, for programs.
 fn what_it_took(captured: &Captured) -> Value {
-    let kept = captured.kept.as_ref();
+    let (kept, phases) = (captured.kept.as_ref(), captured.phases);
     json!({
         "id": captured.id,
         "base": captured.base,
         "frozen_us": output::micros(captured.frozen),
         "paused_us": output::micros(captured.paused),
+        "phases": {
+            "stop_us": phases.stop_us,
+            "state_us": phases.state_us,
+            "scan_us": phases.scan_us,
+            "copy_us": phases.copy_us,
+            "layers_us": phases.layers_us,
+        },
         "data_bytes": kept.map(|kept| kept.data_bytes),
         "new_bytes": kept.map(|kept| kept.new_bytes),
         "stored_bytes": kept.map(|kept| kept.stored_bytes),

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use belljar_keeper::client::{Client, Keeper, KeeperError};
 use belljar_keeper::v1::{self as keeper, reply::Result as Answer, request::Call};
 use belljar_protocol::client::system;
+use rustix::pipe::PipeFlags;
 use serde_json::json;
 
 use super::error::io_failed;
@@ -32,8 +34,8 @@ const CREATE_LIMIT: Duration = Duration::from_secs(300);
 const STATE_BYTES: u64 = 1 << 20;
 /// Changing the layers of a disk takes as long as the disk takes.
 const CHANGE_LIMIT: Duration = Duration::from_secs(60);
-/// Between two looks whether the guest goes on.
-const LOOK: Duration = Duration::from_micros(500);
+/// Says that a call to the VMM has ended, where the VMM would say that the guest goes on.
+const ENDED: u8 = 0;
 /// A capture by somebody else is over within this time.
 const TURN_LIMIT: Duration = Duration::from_secs(60);
 
@@ -59,6 +61,8 @@ pub struct Captured {
     pub frozen: Duration,
     /// How long its processors did, which is a part of that.
     pub paused: Duration,
+    /// What of that the VMM accounts for.
+    pub phases: Phases,
     /// What storing it took; `None` if that was not waited for.
     pub kept: Option<keeper::Kept>,
 }
@@ -89,6 +93,7 @@ pub(super) struct Image {
     vmm: Option<ProcessRecord>,
     pub(super) frozen: Duration,
     pub(super) paused: Duration,
+    pub(super) phases: Phases,
 }
 
 /// Takes a snapshot of a sandbox that is up.
@@ -143,6 +148,7 @@ pub fn capture(
         base: image.base,
         frozen: image.frozen,
         paused: image.paused,
+        phases: image.phases,
         kept,
     })
 }
@@ -221,8 +227,8 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
         None => BTreeMap::new(),
     };
     let base = match what {
-        What::Increment => last.or(loaded).unwrap_or_default(),
-        What::Disk | What::Whole => String::new(),
+        What::Disk | What::Increment => last.or(loaded).unwrap_or_default(),
+        What::Whole => String::new(),
     };
     let mut own = Own::of(found, spec)?;
     // A view of a template has pages that are in no memory of the VMM's own; only a whole image holds them, too.
@@ -262,7 +268,7 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
     let mut hold = Hold::new(found, was_paused);
     hold.freeze(disk_only)?;
     own.write_out();
-    let (frozen, paused) = match &memory {
+    let (frozen, paused, phases) = match &memory {
         None => {
             own.copy_to(copy.as_ref())?;
             if let Some(name) = &next_layer {
@@ -272,21 +278,30 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
                 change_disk(found, &change)?;
             }
             same(&found.state())?;
-            hold.let_go()?
+            let (frozen, paused) = hold.let_go()?;
+            (frozen, paused, Phases::default())
         }
         Some(memory) => {
-            hold.pause()?;
+            // The VMM stops the guest itself, for as short as it can, and freezes memory and layers at one instant. A
+            // raw disk is copied here, and the guest must stand still from before that on.
+            if matches!(own, Own::Raw(_)) {
+                hold.pause()?;
+            }
             own.copy_to(copy.as_ref())?;
-            // Disk and memory are of one instant only if the same guest stands still until the VMM has frozen both.
+            // The same VMM from here on: a connection leads to one process.
+            let mut api = found.api().map_err(|error| SnapshotError::Api {
+                id: found.called(),
+                source: error.into(),
+            })?;
             let now = found.state();
             same(&now)?;
-            if !matches!(now, State::Paused(_)) {
+            if matches!(now, State::Paused(_)) != hold.paused.is_some() {
                 return Err(SnapshotError::Disturbed(found.called()));
             }
             // From now on the VMM counts changes from this image on, whatever becomes of it.
             found.dir().remove_record(state::LAST)?;
             let kind = if begun.has_base { since } else { "Full" };
-            hold.create(&state, memory, kind, next_layer.as_deref())?
+            hold.create(&mut api, &state, memory, kind, next_layer.as_deref())?
         }
     };
     client.call(Call::Settle(keeper::Settle {}), &[], |_| {})?;
@@ -296,10 +311,11 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
         memory,
         disk: own.disk(copy),
         base_files,
-        base: begun.has_base.then_some(base),
+        base: (begun.has_base && !disk_only).then_some(base),
         vmm: look.vmm(),
         frozen,
         paused,
+        phases,
     })
 }
 
@@ -407,47 +423,51 @@ fn change_disk(found: &Found, change: &serde_json::Value) -> Result<(), Snapshot
     })
 }
 
-/// How long the VMM says that the guest did not run.
-#[derive(serde::Deserialize)]
-struct Phases {
-    paused_us: u64,
+/// How long the VMM says that the guest did not run, and with what of it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(default)]
+pub struct Phases {
+    /// In microseconds: until it stood still.
+    pub stop_us: u64,
+    /// State of processors and devices.
+    pub state_us: u64,
+    /// Looking for what has changed.
+    pub scan_us: u64,
+    /// The frozen copy of memory, with the layers of the disk.
+    pub copy_us: u64,
+    /// Of that, the layers.
+    pub layers_us: u64,
+    /// All.
+    pub paused_us: u64,
 }
 
 /// Has the VMM freeze state, RAM and disk, let the guest go on, and write the first two into files; the disk goes
-/// on with `next_layer`. Returns when they are written, with the time from the call until the guest went on.
+/// on with `next_layer`. It writes a byte to `taken` when the guest goes on. Returns when the files are written.
 fn create(
     found: &Found,
-    state: &File,
-    memory: &File,
+    api: &mut UnixStream,
+    files: [(&str, BorrowedFd<'_>); 3],
     kind: &str,
     next_layer: Option<&str>,
-) -> Result<Duration, SnapshotError> {
+) -> Result<Phases, SnapshotError> {
     let next: BTreeMap<&str, &str> = next_layer.map(|name| ("disk", name)).into_iter().collect();
     let body = json!({
         "snapshot_type": kind,
         "snapshot_path": "fd:state",
         "mem_file_path": "fd:memory",
         "resume_vm": true,
+        "taken": "fd:taken",
         "next_layers": next,
     })
     .to_string();
-    let descriptors = [("state", state.as_fd()), ("memory", memory.as_fd())];
     let call = ("PUT", "/snapshot/create");
     let deadline = Instant::now() + CREATE_LIMIT;
-    let done = found
-        .api()
-        .map_err(vmm::ApiError::from)
-        .and_then(|mut api| {
-            vmm::request_with(&mut api, call, body.as_bytes(), &descriptors, deadline)
-        });
+    let done = vmm::request_with(api, call, body.as_bytes(), &files, deadline);
     let answer = done.map_err(|source| SnapshotError::Api {
         id: found.called(),
         source,
     })?;
-    let phases: Option<Phases> = serde_json::from_slice(&answer.body).ok();
-    Ok(Duration::from_micros(
-        phases.map_or(0, |phases| phases.paused_us),
-    ))
+    Ok(serde_json::from_slice(&answer.body).unwrap_or_default())
 }
 
 /// A sandbox that stands still; dropped, it goes on.
@@ -494,32 +514,48 @@ impl<'a> Hold<'a> {
         Ok(lifecycle::set_paused(self.found)?)
     }
 
-    /// Has the paused guest written down. Its processors go on when it is frozen, its programs right after that,
-    /// while it is being written. Returns how long programs and processors stood still.
+    /// Has the guest written down. Its processors go on when it is frozen, its programs right after that, while it
+    /// is being written. Returns how long programs and processors stood still.
     fn create(
         mut self,
+        api: &mut UnixStream,
         state: &File,
         memory: &File,
         kind: &str,
         next_layer: Option<&str>,
-    ) -> Result<(Duration, Duration), SnapshotError> {
+    ) -> Result<(Duration, Duration, Phases), SnapshotError> {
         let found = self.found;
         let asked = Instant::now();
         let until_asked = self.paused.map_or(Duration::ZERO, |since| asked - since);
+        let pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC);
+        let (told, taken) = pipe().map_err(|errno| io_failed("make a pipe")(errno.into()))?;
         std::thread::scope(|scope| {
-            let writing = scope.spawn(|| create(found, state, memory, kind, next_layer));
-            while !writing.is_finished() && !matches!(found.state(), State::Running(_)) {
-                std::thread::sleep(LOOK);
-            }
-            let went_on = matches!(found.state(), State::Running(_));
-            let let_go = went_on.then(|| {
+            let taken = &taken;
+            let writing = scope.spawn(move || {
+                let files = [
+                    ("state", state.as_fd()),
+                    ("memory", memory.as_fd()),
+                    ("taken", taken.as_fd()),
+                ];
+                let done = create(found, api, files, kind, next_layer);
+                // Whoever waits need not any more, whatever has become of it.
+                let _ = rustix::io::write(taken, &[ENDED]);
+                done
+            });
+            // Without it the guest is looked at below, when the call has ended.
+            let mut first = [ENDED];
+            let _ = rustix::io::retry_on_intr(|| rustix::io::read(&told, &mut first));
+            let let_go = (first != [ENDED]).then(|| {
                 self.paused = None;
                 self.let_go()
             });
             let broken = |_| SnapshotError::Disturbed(found.called());
-            let stood_still = writing.join().map_err(broken)??;
+            let phases = writing.join().map_err(broken)??;
             match let_go {
-                Some(let_go) => Ok((let_go?.0, until_asked + stood_still)),
+                Some(let_go) => {
+                    let paused = until_asked + Duration::from_micros(phases.paused_us);
+                    Ok((let_go?.0, paused, phases))
+                }
                 None => Err(SnapshotError::Disturbed(found.called())),
             }
         })

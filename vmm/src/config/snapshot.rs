@@ -36,6 +36,9 @@ pub struct SnapshotCreate {
     /// paused before.
     #[serde(default)]
     pub resume_vm: bool,
+    /// Ours, with `resume_vm`: one byte is written there as soon as the guest runs on.
+    #[serde(default)]
+    pub taken: Option<Source>,
     /// Ours: how long the running guest may take to name its free pages before, in milliseconds; 0: it is not asked.
     #[serde(default)]
     pub hint_free_pages_ms: u16,

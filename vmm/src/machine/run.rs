@@ -14,14 +14,13 @@ use super::ending::Ending;
 use super::events::{Notice, Notices, Notifier, Subscriber, Woken};
 use super::faults::{self, Completed, EndNow};
 use super::guest::{Guest, GuestMemory};
-use super::save::{self, Capture, Files, us};
+use super::save::{self, Beforehand, Behind, Capture, Files, us};
 use super::{ready, restore, signals};
 use crate::api::args::{self, Args, Invocation};
 use crate::api::{
     Action, ApiHandle, ApiServer, Body, Command, CommandReceiver, Configurator, Effect, Fault,
     InstanceState, Phase, Published, Reply, Request, ServerOptions, channel,
 };
-use crate::backend::behind::Child;
 use crate::backend::inherited;
 use crate::backend::unix::SocketFile;
 use crate::config::{
@@ -144,7 +143,7 @@ const HINTING_LOOK: Duration = Duration::from_millis(1);
 /// A snapshot that a frozen copy of this process writes.
 struct Captured {
     capture: Capture,
-    child: Child,
+    behind: Behind,
 }
 
 impl Machine {
@@ -543,7 +542,7 @@ impl Machine {
             }
             Effect::Start => self.start()?,
             Effect::Pause => self.pause()?,
-            Effect::Resume => self.resume(),
+            Effect::Resume => drop(self.resume()),
             Effect::CreateSnapshot(create) => {
                 let created = self.create_snapshot(create);
                 self.note_layers();
@@ -614,28 +613,31 @@ impl Machine {
         let files = Files::new(guest, self.configurator.descriptors(), create)
             .map_err(Fault::from_error)?;
         if !create.resume_vm {
-            let capture = self.capture(files, create)?;
+            let capture = self.capture(files, create, Beforehand::default())?;
             return capture.write().map_err(Fault::from_error);
         }
         let was_running = self.configurator.phase() == Phase::Running;
+        let mut before = Beforehand::default();
         if let (true, Some(guest)) = (was_running, &self.guest) {
-            save::look_ahead(guest).map_err(Fault::from_error)?;
+            before = save::look_ahead(guest, create).map_err(Fault::from_error)?;
         }
         let started = Instant::now();
         if was_running {
             self.pause()?;
         }
         let stopped = started.elapsed();
-        let begun = self.capture(files, create).and_then(|mut capture| {
-            let child = capture.begin_to_write().map_err(Fault::from_error)?;
-            Ok((capture, child))
+        let begun = self.capture(files, create, before);
+        let begun = begun.and_then(|mut capture| {
+            let behind = capture.begin_to_write().map_err(Fault::from_error)?;
+            Ok((capture, behind))
         });
         match begun {
-            Ok((mut capture, child)) => {
-                self.resume();
+            Ok((mut capture, behind)) => {
+                let resumed = self.resume();
+                capture.tell();
                 capture.phases.stop_us = us(stopped);
-                capture.phases.paused_us = us(started.elapsed());
-                self.captured = Some(Captured { capture, child });
+                capture.phases.paused_us = us(resumed.duration_since(started));
+                self.captured = Some(Captured { capture, behind });
                 Ok(())
             }
             Err(fault) => {
@@ -647,11 +649,17 @@ impl Machine {
         }
     }
 
-    fn capture(&self, files: Files, create: &SnapshotCreate) -> Result<Capture, Fault> {
+    fn capture(
+        &self,
+        files: Files,
+        create: &SnapshotCreate,
+        before: Beforehand,
+    ) -> Result<Capture, Fault> {
         let Some(guest) = &self.guest else {
             return Err(Fault::new("the guest has not been started"));
         };
-        Capture::begin(guest, self.configurator.config(), files, create).map_err(Fault::from_error)
+        Capture::begin(guest, self.configurator.config(), files, create, before)
+            .map_err(Fault::from_error)
     }
 
     /// A guest that cannot be made what it was is no guest any more.
@@ -708,10 +716,10 @@ impl Machine {
 
     /// Waits in a thread until the snapshot is written, and answers then.
     fn write_behind(&mut self, captured: Captured, reply: Reply) {
-        let Captured { capture, child } = captured;
+        let Captured { capture, behind } = captured;
         let wait = move || {
             let phases = capture.phases;
-            let outcome = capture.complete(child.wait()).map_err(Fault::from_error);
+            let outcome = capture.complete_behind(behind).map_err(Fault::from_error);
             reply.send(outcome.and_then(|()| Body::json(&phases)));
         };
         let thread = std::thread::Builder::new().name("snapshot".into());
@@ -842,14 +850,20 @@ impl Machine {
         Ok(())
     }
 
-    fn resume(&mut self) {
-        let Some(guest) = &self.guest else { return };
+    /// Returns when the guest could run.
+    fn resume(&mut self) -> Instant {
+        let Some(guest) = &self.guest else {
+            return Instant::now();
+        };
         for device in &guest.devices {
             let subscriber = Subscriber::Device(device.clone());
             self.polled.push(self.manager.add_subscriber(subscriber));
         }
         guest.resume_devices();
+        // Not later: where there is one processor, it is the guest's from here on.
+        let now = Instant::now();
         guest.resume_vcpus();
+        now
     }
 
     fn set_logger(&self, logger: &Logger) -> Result<(), Fault> {

@@ -1,4 +1,5 @@
 //! Saving a guest that stands still.
+use std::fs::File;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,8 +15,10 @@ use crate::config::{
 use crate::kvm::{VcpuError, VmError};
 use crate::log_info;
 use crate::memory::broken;
-use crate::memory::changes::{Changes, Taken};
-use crate::memory::dump::{self, Contents, Extent, Plan};
+use crate::memory::changes::{Ahead, Changes, Taken};
+use crate::memory::dump::{self, Contents, Copied, Extent, Plan};
+use crate::memory::room::Room;
+use crate::memory::slots;
 use crate::memory::working_set::WorkingSet;
 use crate::snapshot::{self, FormatError, Saved};
 use crate::virtio::mmio::lock;
@@ -74,6 +77,8 @@ fn save(guest: &Guest, config: &VmConfig) -> Result<Saved, SaveError> {
 pub(super) struct Files {
     state: Aside,
     ram: Aside,
+    /// Who wants to know when the guest runs on.
+    taken: Option<File>,
     /// Drives whose layers will be frozen, and what is written then.
     next_layers: Vec<(String, layers::Handle, NextLayer)>,
 }
@@ -88,15 +93,46 @@ impl Files {
             next_layers: next_layers(guest, descriptors, create)?,
             state: place("snapshot_path", &create.snapshot_path, descriptors)?,
             ram: place("mem_file_path", &create.mem_file_path, descriptors)?,
+            taken: create
+                .taken
+                .as_ref()
+                .map(|source| descriptors.open("taken", source, Expect::Output))
+                .transpose()?,
         })
     }
 }
 
+/// More than this is not copied while the guest stands still, but by a copy of the process.
+const COPIED: u64 = 64 << 20;
+/// The time of a copy of the process is that of all RAM, of which copying so much takes as long.
+const COPIED_PART: u64 = 8;
+/// What the guest may change between a look ahead and its standing still.
+const MORE: u64 = 2 << 20;
+
+/// What was made before the guest has to stand still.
+#[derive(Default)]
+pub(super) struct Beforehand {
+    found: Option<Ahead>,
+    room: Option<Room>,
+}
+
 /// Shortens the pause of a guest that still runs.
-pub(super) fn look_ahead(guest: &Guest) -> Result<(), SaveError> {
-    changes_of(&guest.memory.changes)
-        .look_ahead(&guest.memory.ram)
-        .map_err(|source| SaveError::Scan { source })
+pub(super) fn look_ahead(guest: &Guest, create: &SnapshotCreate) -> Result<Beforehand, SaveError> {
+    let memory = &guest.memory;
+    let all = create.snapshot_type != SnapshotType::Increment;
+    let found = changes_of(&memory.changes)
+        .look_ahead(&memory.ram, all)
+        .map_err(|source| SaveError::Scan { source })?;
+    // Pages that somebody else brings in may be among what has become zero; nobody waits for them here.
+    let may_copy = !all && memory.faults.is_none();
+    let size: u64 = slots(&memory.ram).iter().map(|slot| slot.len).sum();
+    let wanted = found.changed().saturating_add(MORE);
+    let fits = may_copy && wanted <= COPIED.min(size / COPIED_PART);
+    Ok(Beforehand {
+        // Without memory for it a copy of the process does as well.
+        room: fits.then(|| Room::of(wanted).ok()).flatten(),
+        found: Some(found),
+    })
 }
 
 /// How long the parts of a capture took, in microseconds.
@@ -110,6 +146,8 @@ pub(super) struct Phases {
     pub(super) scan_us: u64,
     /// The frozen copy.
     pub(super) copy_us: u64,
+    /// Of these, freezing layers of drives.
+    pub(super) layers_us: u64,
     /// All the time in which the guest did not run.
     pub(super) paused_us: u64,
 }
@@ -118,12 +156,20 @@ pub(super) fn us(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
+/// A frozen copy of what is to be written.
+pub(super) enum Behind {
+    /// A copy of this process, which writes it.
+    Child(Child),
+    Copied(Copied),
+}
+
 /// A snapshot whose moment has been, but that is not written yet.
 pub(super) struct Capture {
     create: SnapshotCreate,
     saved: Saved,
     files: Files,
     plan: Plan,
+    room: Option<Room>,
     pub(super) phases: Phases,
     changes: Arc<Mutex<Changes>>,
     /// Taken when it is written, or has failed.
@@ -138,6 +184,7 @@ impl Capture {
         config: &VmConfig,
         files: Files,
         create: &SnapshotCreate,
+        before: Beforehand,
     ) -> Result<Self, SaveError> {
         let started = Instant::now();
         let saved = save(guest, config)?;
@@ -149,7 +196,7 @@ impl Capture {
         let memory = &guest.memory;
         let mut changes = changes_of(&memory.changes);
         let taken = changes
-            .take(&memory.ram)
+            .take(&memory.ram, before.found)
             .map_err(|source| SaveError::Scan { source })?;
         let planned = dump::plan(
             &Contents {
@@ -159,6 +206,7 @@ impl Capture {
                 changed: taken
                     .ranges()
                     .filter(|_| create.snapshot_type == SnapshotType::Increment),
+                own: taken.own(),
             },
             extent,
         );
@@ -174,6 +222,7 @@ impl Capture {
             saved,
             files,
             plan,
+            room: before.room,
             phases: Phases {
                 state_us,
                 scan_us: us(started.elapsed()).saturating_sub(state_us),
@@ -191,14 +240,38 @@ impl Capture {
         self.complete(written)
     }
 
-    /// Has a frozen copy of this process write it: the guest may run on when this returns.
-    pub(super) fn begin_to_write(&mut self) -> Result<Child, SaveError> {
-        self.freeze_layers()?;
+    /// Has it written from a frozen copy of RAM: the guest may run on when this returns.
+    pub(super) fn begin_to_write(&mut self) -> Result<Behind, SaveError> {
         let started = Instant::now();
-        let (plan, out) = (&self.plan, self.files.ram.file());
-        let child = behind::begin(|| plan.write(out)).map_err(SaveError::Fork)?;
+        self.freeze_layers()?;
+        self.phases.layers_us = us(started.elapsed());
+        let behind = match self.room.take().and_then(|room| self.plan.copy(room)) {
+            Some(copied) => Behind::Copied(copied),
+            None => {
+                let (plan, out) = (&self.plan, self.files.ram.file());
+                let child = behind::begin(|| plan.write(out)).map_err(SaveError::Fork)?;
+                Behind::Child(child)
+            }
+        };
         self.phases.copy_us = us(started.elapsed());
-        Ok(child)
+        Ok(behind)
+    }
+
+    /// The guest runs on.
+    pub(super) fn tell(&mut self) {
+        if let Some(mut taken) = self.files.taken.take() {
+            // Whoever does not listen any more does without.
+            let _ = taken.write_all(&[1]);
+        }
+    }
+
+    /// Waits until it is written.
+    pub(super) fn complete_behind(self, behind: Behind) -> Result<(), SaveError> {
+        let written = match behind {
+            Behind::Child(child) => child.wait(),
+            Behind::Copied(copied) => copied.write(self.files.ram.file()),
+        };
+        self.complete(written)
     }
 
     /// At the instant at which RAM is taken: the guest stands still.
@@ -212,7 +285,7 @@ impl Capture {
     }
 
     /// Both files get their names when both are whole.
-    pub(super) fn complete(mut self, written: io::Result<u64>) -> Result<(), SaveError> {
+    fn complete(mut self, written: io::Result<u64>) -> Result<(), SaveError> {
         let done = self.finish_files(written);
         if let Some(taken) = self.taken.take() {
             changes_of(&self.changes).finish(taken, done.is_ok());

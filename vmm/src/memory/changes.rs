@@ -42,6 +42,8 @@ enum Watch {
 #[must_use]
 pub struct Taken {
     changed: Option<RangeSet>,
+    /// Own pages now: all of them, and perhaps some that are no more. `None`: that was not looked at before.
+    own: Option<RangeSet>,
     /// [`Changes::resets`] then.
     resets: u64,
 }
@@ -50,6 +52,27 @@ impl Taken {
     /// `None`: it is not known, so everything that is the guest's own.
     pub fn ranges(&self) -> Option<&RangeSet> {
         self.changed.as_ref()
+    }
+
+    /// Pages that may be the guest's own, as offsets in the memory file: none others are. `None`: look at all.
+    pub fn own(&self) -> Option<&RangeSet> {
+        self.own.as_ref()
+    }
+}
+
+/// What was found while the guest still ran.
+#[derive(Debug, Default)]
+pub struct Ahead {
+    /// The guest's own pages then.
+    own: Option<RangeSet>,
+    /// Bytes that have changed by then.
+    changed: u64,
+}
+
+impl Ahead {
+    /// Bytes that an increment would hold that was taken then.
+    pub fn changed(&self) -> u64 {
+        self.changed
     }
 }
 
@@ -140,30 +163,62 @@ impl Changes {
     }
 
     /// Does most of what [`Changes::take`] does while the guest still runs: what has changed by now is protected
-    /// again, and kept for it.
-    pub fn look_ahead(&mut self, ram: &GuestRam) -> io::Result<()> {
-        let (Watch::On { pagemap, .. }, true) = (&self.watch, self.has_base) else {
-            return Ok(());
+    /// again, and kept for it. If `all` pages that are the guest's own are wanted, not only those that have changed
+    /// since the last snapshot, they are looked for, too: later only those need be added that were written since.
+    pub fn look_ahead(&mut self, ram: &GuestRam, all: bool) -> io::Result<Ahead> {
+        let found = self.find_ahead(ram, all);
+        found.inspect_err(|_| self.lose())
+    }
+
+    fn find_ahead(&mut self, ram: &GuestRam, all: bool) -> io::Result<Ahead> {
+        let all = all || !self.has_base;
+        if all {
+            self.begin()?;
+        }
+        let Watch::On { pagemap, .. } = &self.watch else {
+            return Ok(Ahead::default());
         };
+        let mut own = RangeSet::default();
         let mut base = 0;
         for slot in slots(ram) {
             self.register(&slot)?;
             for range in scan::written(pagemap, &slot.host_range())? {
+                // Without a snapshot to build on this says nothing, and is not asked for.
                 self.pending.insert(base + range.start..base + range.end);
+            }
+            if all {
+                let host = slot.host_start as usize..(slot.host_start + slot.len) as usize;
+                for range in scan::private_pages(&host)? {
+                    own.insert(base + range.start as u64..base + range.end as u64);
+                }
             }
             base += slot.len;
         }
-        Ok(())
+        Ok(Ahead {
+            own: all.then_some(own),
+            changed: match self.has_base {
+                true => self.pending.iter().map(|r| r.end - r.start).sum(),
+                false => u64::MAX,
+            },
+        })
     }
 
-    /// Takes what was changed since the last call, and watches from now on. The guest stands still.
-    pub fn take(&mut self, ram: &GuestRam) -> io::Result<Taken> {
+    /// Takes what was changed since the last call, and watches from now on. The guest stands still. `ahead`: what
+    /// was found just before, if that was looked for.
+    pub fn take(&mut self, ram: &GuestRam, ahead: Option<Ahead>) -> io::Result<Taken> {
+        let found = self.find(ram, ahead);
+        found.inspect_err(|_| self.lose())
+    }
+
+    fn find(&mut self, ram: &GuestRam, ahead: Option<Ahead>) -> io::Result<Taken> {
         let recent = self.zeroed.take_recent();
         self.begin()?;
         let resets = self.resets;
+        let mut own = ahead.and_then(|ahead| ahead.own);
         let Watch::On { pagemap, .. } = &self.watch else {
             return Ok(Taken {
                 changed: None,
+                own: None,
                 resets,
             });
         };
@@ -173,7 +228,11 @@ impl Changes {
             // Again each time: what the balloon has mapped anew is not watched yet.
             self.register(&slot)?;
             for range in scan::written(pagemap, &slot.host_range())? {
-                changed.insert(base + range.start..base + range.end);
+                let range = base + range.start..base + range.end;
+                if let Some(own) = &mut own {
+                    own.insert(range.clone());
+                }
+                changed.insert(range);
             }
             let guest = slot.guest_range();
             for range in recent.within(&guest) {
@@ -183,15 +242,21 @@ impl Changes {
         }
         Ok(Taken {
             changed: self.has_base.then_some(changed),
+            own,
             resets,
         })
+    }
+
+    /// Something was found and is not known any more: the next snapshot has nothing to build on.
+    fn lose(&mut self) {
+        self.has_base = false;
+        self.pending = RangeSet::default();
     }
 
     /// RAM is the template's again. A snapshot that is still being written is nothing to build on.
     pub fn forget(&mut self) {
         self.resets = self.resets.wrapping_add(1);
-        self.has_base = false;
-        self.pending = RangeSet::default();
+        self.lose();
     }
 
     /// Says what became of the snapshot.
@@ -223,7 +288,7 @@ mod tests {
     const PAGE: u64 = 4096;
 
     fn pages(changes: &mut Changes, ram: &GuestRam, worked: bool) -> Option<Vec<(u64, u64)>> {
-        let taken = changes.take(ram).unwrap();
+        let taken = changes.take(ram, None).unwrap();
         let found = taken.ranges().map(|ranges| {
             let in_pages = |range: Range<u64>| (range.start / PAGE, range.end / PAGE);
             ranges.iter().map(in_pages).collect()
@@ -264,7 +329,7 @@ mod tests {
             let expected = Some(vec![(5, 6), (9000, 9001)]);
             assert_eq!(pages(&mut changes, &ram, false), expected);
             write(6);
-            changes.look_ahead(&ram).unwrap();
+            changes.look_ahead(&ram, false).unwrap();
             let expected = Some(vec![(5, 7), (9000, 9001)]);
             assert_eq!(pages(&mut changes, &ram, true), expected, "nothing is lost");
             read(5);
@@ -283,13 +348,13 @@ mod tests {
         let zeroed = Zeroed::default();
         let mut changes = Changes::new(zeroed.clone());
         ram.write_obj(1u8, GuestAddress(0x4000)).unwrap();
-        let taken = changes.take(&ram).unwrap();
+        let taken = changes.take(&ram, None).unwrap();
         go_back(&ram, &file, &zeroed, None).unwrap();
         changes.forget();
         changes.finish(taken, true);
         // Page 4 has changed since that snapshot, and no scan would tell.
         assert_eq!(pages(&mut changes, &ram, true), None);
-        let taken = changes.take(&ram).unwrap();
+        let taken = changes.take(&ram, None).unwrap();
         changes.forget();
         changes.finish(taken, false);
         assert_eq!(pages(&mut changes, &ram, true), None);

@@ -5,6 +5,7 @@ use std::io;
 use std::ops::Range;
 
 use super::ranges::RangeSet;
+use super::room::Room;
 use super::{GuestRam, Slot, scan, slots};
 
 const PAGE: usize = 4096;
@@ -31,6 +32,8 @@ pub struct Contents<'a> {
     /// For [`Extent::Diff`]: offsets in the memory file that alone have changed since it was last written, if
     /// that is known.
     pub changed: Option<&'a RangeSet>,
+    /// Offsets in the memory file outside of which no page is the guest's own, if that is known.
+    pub own: Option<&'a RangeSet>,
 }
 
 /// What will be written. Its parts lie in RAM, which lives as long as the process.
@@ -45,8 +48,34 @@ struct Part {
     slot: Slot,
     /// Its offset in the memory file.
     base: u64,
-    /// As offsets in the region.
-    ranges: RangeSet,
+    /// As offsets in the region, in ascending order.
+    ranges: Vec<Range<u64>>,
+}
+
+/// What was in RAM when it was copied.
+pub struct Copied {
+    bytes: Room,
+    /// Where they go in the file, and how many, one behind the other.
+    pieces: Vec<(u64, usize)>,
+    len: u64,
+}
+
+impl Copied {
+    /// As [`Plan::write`] would have at that moment.
+    pub fn write(&self, out: &File) -> io::Result<u64> {
+        out.set_len(self.len)?;
+        let mut rest = self.bytes.bytes();
+        let mut written = 0;
+        for (offset, len) in &self.pieces {
+            let (piece, others) = rest
+                .split_at_checked(*len)
+                .ok_or(io::ErrorKind::UnexpectedEof)?;
+            put(out, piece, *offset)?;
+            written += piece.len() as u64;
+            rest = others;
+        }
+        Ok(written)
+    }
 }
 
 /// Writes RAM to `out`, an empty file, and returns the number of bytes that are no holes. Nobody
@@ -65,7 +94,7 @@ pub fn plan(contents: &Contents<'_>, extent: Extent) -> io::Result<Plan> {
                 .within(&(base..base + slot.len))
                 .map(|range| range.start - base..range.end - base)
                 .collect(),
-            _ => ranges(contents, extent, &slot, base)?,
+            _ => ranges(contents, extent, &slot, base)?.iter().collect(),
         };
         parts.push(Part { slot, base, ranges });
         base += slot.len;
@@ -84,19 +113,55 @@ impl Plan {
         out.set_len(self.len)?;
         let mut written = 0;
         for Part { slot, base, ranges } in &self.parts {
-            for range in ranges.iter() {
+            for range in ranges {
                 written += write_range(slot, range, self.extent, *base, out)?;
             }
         }
         Ok(written)
+    }
+
+    /// Copies what is to be written, if all of it is (see [`Extent::Diff`]) and `room` is large enough. Nobody may
+    /// write to RAM meanwhile.
+    pub fn copy(&self, room: Room) -> Option<Copied> {
+        let mut to = room;
+        let mut pieces = Vec::new();
+        if self.extent != Extent::Diff || self.bytes() > to.free() {
+            return None;
+        }
+        for Part { slot, base, ranges } in &self.parts {
+            for range in ranges {
+                // SAFETY: as in `write_range`.
+                let bytes = unsafe { bytes(slot, range) };
+                to.push(bytes)?;
+                pieces.push((base + range.start, bytes.len()));
+            }
+        }
+        Some(Copied {
+            bytes: to,
+            pieces,
+            len: self.len,
+        })
+    }
+
+    fn bytes(&self) -> u64 {
+        let ranges = self.parts.iter().flat_map(|part| &part.ranges);
+        ranges.map(|range| range.end - range.start).sum()
     }
 }
 
 /// The parts of a region to look at, as offsets in it.
 fn ranges(contents: &Contents<'_>, extent: Extent, slot: &Slot, base: u64) -> io::Result<RangeSet> {
     let host = slot.host_start as usize..(slot.host_start + slot.len) as usize;
-    let private = scan::private_pages(&host)?;
-    let private = private.iter().map(|r| r.start as u64..r.end as u64);
+    let own: Vec<Range<u64>> = match contents.own {
+        Some(own) => own
+            .within(&(base..base + slot.len))
+            .map(|range| range.start - base..range.end - base)
+            .collect(),
+        None => scan::private_pages(&host)?
+            .into_iter()
+            .map(|range| range.start as u64..range.end as u64)
+            .collect(),
+    };
     let here = slot.guest_start..slot.guest_start + slot.len;
     let zeroed = contents.zeroed.within(&here);
     let zeroed = zeroed.map(|range| range.start - here.start..range.end - here.start);
@@ -109,7 +174,7 @@ fn ranges(contents: &Contents<'_>, extent: Extent, slot: &Slot, base: u64) -> io
             zeroed.for_each(|range| wanted.remove(range));
         }
     }
-    private.for_each(|range| wanted.insert(range));
+    own.into_iter().for_each(|range| wanted.insert(range));
     Ok(wanted)
 }
 
@@ -138,22 +203,28 @@ fn data(file: &File, base: u64, len: u64) -> io::Result<RangeSet> {
     Ok(found)
 }
 
+/// # Safety
+/// Nobody writes to this part of RAM while what is returned is used.
+unsafe fn bytes<'a>(slot: &Slot, range: &Range<u64>) -> &'a [u8] {
+    let host = (slot.host_start + range.start) as *const u8;
+    let len = (range.end - range.start) as usize;
+    // SAFETY: the range lies in a region of guest RAM, which is mapped for the life of the process.
+    unsafe { std::slice::from_raw_parts(host, len) }
+}
+
 fn write_range(
     slot: &Slot,
-    range: Range<u64>,
+    range: &Range<u64>,
     extent: Extent,
     base: u64,
     out: &File,
 ) -> io::Result<u64> {
-    let host = (slot.host_start + range.start) as *const u8;
-    let len = (range.end - range.start) as usize;
-    // SAFETY: the range lies in a region of guest RAM, which is mapped for the life of the process,
-    // and nobody writes to it during this call (see `write`).
-    let bytes = unsafe { std::slice::from_raw_parts(host, len) };
+    // SAFETY: nobody writes to RAM during this call (see `write`).
+    let bytes = unsafe { bytes(slot, range) };
     let offset = base + range.start;
     if extent == Extent::Diff {
         put(out, bytes, offset)?;
-        return Ok(len as u64);
+        return Ok(bytes.len() as u64);
     }
     let mut written = 0;
     let mut run = 0..0;
@@ -201,6 +272,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::super::allocate;
+    use super::super::changes::Changes;
     use super::super::discard::{AnonymousPages, GuestPages};
     use super::super::template::{TemplatePages, Zeroed, map_file};
     use super::*;
@@ -216,6 +288,7 @@ mod tests {
             template,
             zeroed,
             changed: None,
+            own: None,
         };
         write(&contents, extent, &out).unwrap();
         out
@@ -308,6 +381,78 @@ mod tests {
             play(&ram, &mut pages, &d);
             merge(&second, &dump(&ram, Some(&first), &zeroed, Extent::Diff));
             prop_assert!(bytes(&second) == ram_bytes(&ram));
+        }
+    }
+
+    proptest! {
+        // Each case takes four snapshots.
+        #![proptest_config(ProptestConfig::with_cases(4))]
+        /// The same with changes watched, most of the work done while the guest still runs, and what is to be written
+        /// copied: full, then what differs from the template, then what differs from that.
+        #[test]
+        fn what_was_looked_for_ahead_is_all_there_is(
+            of_template in any::<bool>(),
+            steps in prop::array::uniform8(steps()),
+        ) {
+            let [before, a, b, c, d, e, f, g] = steps;
+            let template = tempfile::tempfile().unwrap();
+            template.set_len(LEN as u64).unwrap();
+            template.write_all_at(&[3; 1 << 18], 0).unwrap();
+            let zeroed = Zeroed::default();
+            let hook = zeroed.clone();
+            let (ram, mut pages): (_, Box<dyn GuestPages>) = if of_template {
+                (map_file(&template, MIB).unwrap(), Box::new(TemplatePages::new(zeroed.clone())))
+            } else {
+                let hook = Box::new(move |range| hook.insert(range));
+                (allocate(MIB).unwrap(), Box::new(AnonymousPages::with_hook(hook)))
+            };
+            let template = of_template.then_some(&template);
+            play(&ram, &mut *pages, &before);
+            let mut changes = Changes::new(zeroed.clone());
+            let mut take = |kind: Extent, since: bool, early: &[Step], late: &[Step]| {
+                play(&ram, &mut *pages, early);
+                // Reading makes pages, too.
+                ram_bytes(&ram);
+                let ahead = changes.look_ahead(&ram, !since).unwrap();
+                let room = Room::of(1 << 20).unwrap();
+                play(&ram, &mut *pages, late);
+                let taken = changes.take(&ram, Some(ahead)).unwrap();
+                let zeroed = zeroed.get();
+                let plan = plan(
+                    &Contents {
+                        ram: &ram,
+                        template,
+                        zeroed: &zeroed,
+                        changed: taken.ranges().filter(|_| since),
+                        own: taken.own(),
+                    },
+                    kind,
+                )
+                .unwrap();
+                let out = tempfile::tempfile().unwrap();
+                match plan.copy(room) {
+                    Some(copied) => {
+                        assert_eq!(kind, Extent::Diff);
+                        copied.write(&out).unwrap();
+                    }
+                    None => drop(plan.write(&out).unwrap()),
+                }
+                changes.finish(taken, true);
+                (out, ram_bytes(&ram))
+            };
+            let (whole, now) = take(Extent::Full, false, &a, &b);
+            prop_assert!(bytes(&whole) == now);
+            let (increment, now) = take(Extent::Diff, true, &c, &d);
+            merge(&whole, &increment);
+            prop_assert!(bytes(&whole) == now);
+            let (differs, now) = take(Extent::Diff, false, &e, &[]);
+            let copy = tempfile::tempfile().unwrap();
+            copy.write_all_at(&template.map_or_else(|| vec![0; LEN], bytes), 0).unwrap();
+            merge(&copy, &differs);
+            prop_assert!(bytes(&copy) == now);
+            let (increment, now) = take(Extent::Diff, true, &f, &g);
+            merge(&copy, &increment);
+            prop_assert!(bytes(&copy) == now);
         }
     }
 }

@@ -11,6 +11,7 @@ pub mod dump;
 pub mod handled;
 pub mod ranges;
 pub mod registers;
+pub mod room;
 mod scan;
 pub mod segment;
 pub mod template;

@@ -440,10 +440,12 @@ fn increments_are_written_behind_a_guest_that_runs() {
         let ram = format!("ram{number}");
         let body = format!(
             r#"{{"snapshot_type": "{kind}", "snapshot_path": "state", "mem_file_path": "{ram}",
-                "resume_vm": true}}"#
+                "resume_vm": true, "taken": "told"}}"#
         );
         let answer = vmm.call("PUT", "/snapshot/create", &body);
         assert!(answer.body.contains("paused_us"), "{answer:?}");
+        let told = fs::metadata(dir.join("told")).unwrap().len();
+        assert_eq!(told, number as u64 + 1, "one byte for each");
         sizes.push(fs::metadata(dir.join(&ram)).unwrap().blocks() * 512);
         if number > 0 {
             merge(&dir.join("ram0"), &dir.join(&ram));
@@ -458,6 +460,12 @@ fn increments_are_written_behind_a_guest_that_runs() {
         r#"{"snapshot_type": "Increment", "snapshot_path": "none/x", "mem_file_path": "y", "resume_vm": true}"#,
     );
     assert!(failed.refused().contains("none/x"), "{failed:?}");
+    let failed = vmm.call(
+        "PUT",
+        "/snapshot/create",
+        r#"{"snapshot_path": "x", "mem_file_path": "y", "taken": "told"}"#,
+    );
+    assert!(failed.refused().contains("resume_vm"), "{failed:?}");
     wait_for(&dir.join("out"), 800);
     vmm.kill();
     let load = r#"{"snapshot_path": "state", "mem_file_path": "ram0", "resume_vm": true}"#;

@@ -22,6 +22,12 @@ impl Configurator {
         }
         self.check_source("snapshot_path", Some(&create.snapshot_path))?;
         self.check_source("mem_file_path", Some(&create.mem_file_path))?;
+        if create.taken.is_some() && !create.resume_vm {
+            return Err(Fault::new(
+                "taken: it tells when the guest runs on, which takes \"resume_vm\": true",
+            ));
+        }
+        self.check_source("taken", create.taken.as_ref())?;
         for (id, source) in &create.next_layers {
             self.check_source("next_layers", Some(source))?;
             let drive = self.config.drives.iter().find(|d| d.drive_id == *id);
