@@ -55,5 +55,7 @@ pub mod images {
     pub const STATE: &str = "state";
     pub const MEMORY: &str = "memory";
     pub const DISK: &str = "disk:disk";
+    /// What names the state of that disk: the id of its highest layer, if it had layers.
+    pub const DISK_LAYER: &str = "layer:disk";
     pub const SANDBOX: &str = "sandbox";
 }

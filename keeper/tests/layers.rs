@@ -13,7 +13,7 @@ use std::os::unix::fs::FileExt;
 
 use belljar_keeper::client::{Client, KeeperError};
 use belljar_keeper::v1::{self, error::Code, reply::Result as Answer, request::Call};
-use belljar_layers::{LayerId, Stack, create};
+use belljar_layers::{LayerId, Stack, View, create, merge};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
@@ -76,6 +76,30 @@ impl Disk {
         self.layers.push(next);
     }
 
+    /// Puts one layer in the place of several frozen ones, if there are so many.
+    fn merge(&mut self, first: usize, count: usize) {
+        let range = first..first + count;
+        if range.end >= self.layers.len() {
+            return;
+        }
+        let layers = self.layers[range.clone()].iter();
+        let layers = layers.map(|layer| (layer.try_clone().unwrap(), "layer".to_owned()));
+        let view = View::open(layers.collect()).unwrap();
+        let merged = empty();
+        merge(
+            &view,
+            merged.try_clone().unwrap(),
+            "merged",
+            &mut |_| Ok(()),
+        )
+        .unwrap();
+        let replaced = self
+            .stack
+            .replace_merged(merged.try_clone().unwrap(), "merged");
+        assert_eq!(replaced.unwrap(), count);
+        self.layers.splice(range, [merged]);
+    }
+
     fn frozen(&self) -> Vec<&File> {
         let count = self.layers.len() - 1;
         std::iter::once(&self.base)
@@ -85,7 +109,19 @@ impl Disk {
 }
 
 fn keep(client: &mut Client, files: &[&File], count: u32) -> Result<String, KeeperError> {
-    let begin = Call::Begin(v1::Begin::default());
+    keep_since(client, "", files, count)
+}
+
+fn keep_since(
+    client: &mut Client,
+    base: &str,
+    files: &[&File],
+    count: u32,
+) -> Result<String, KeeperError> {
+    let begin = Call::Begin(v1::Begin {
+        base: base.to_owned(),
+        ..v1::Begin::default()
+    });
     let (Answer::Begun(_), got) = client.call(begin, &[], |_| {}).unwrap() else {
         panic!("not begun")
     };
@@ -111,6 +147,7 @@ enum Step {
     Write(u64, u64, u64),
     Zero(u64, u64),
     Freeze,
+    Merge(usize, usize),
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -121,7 +158,8 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         4 => (range(), any::<u64>()).prop_map(|((at, len), seed)| Step::Write(at, len, seed)),
         1 => range().prop_map(|(at, len)| Step::Zero(at, len)),
-        1 => Just(Step::Freeze),
+        2 => Just(Step::Freeze),
+        1 => (0usize..3, 1usize..4).prop_map(|(first, count)| Step::Merge(first, count)),
     ]
 }
 
@@ -137,28 +175,68 @@ fn what_layers_hold_is_given_back_byte_for_byte() {
     let mut runner = TestRunner::new(config);
     let outcome = runner.run(&all, |steps| {
         let mut disk = Disk::new();
-        for step in &steps {
+        let mut client = client.borrow_mut();
+        // What was kept, and what it was; each of it is what changed since the one before.
+        let mut kept: Vec<(String, Vec<u8>)> = Vec::new();
+        for step in steps.iter().chain([&Step::Freeze]) {
             match *step {
                 Step::Write(at, length, seed) => {
                     let bytes = pages(seed, 1 + length as usize / 4096);
                     disk.write(at, &bytes[..length as usize]);
                 }
                 Step::Zero(at, length) => disk.zero(at, length),
-                // The last one is still to come.
-                Step::Freeze if disk.layers.len() < 7 => disk.freeze(),
-                Step::Freeze => {}
+                Step::Merge(first, count) => disk.merge(first, count),
+                Step::Freeze => {
+                    if disk.layers.len() == 8 {
+                        disk.merge(2, 5);
+                    }
+                    disk.freeze();
+                    let base = kept.last().map_or("", |(id, _)| id);
+                    let files = disk.frozen();
+                    let count = files.len() as u32 - 1;
+                    let id = keep_since(&mut client, base, &files, count).unwrap();
+                    kept.push((id, disk.model.clone()));
+                }
             }
         }
-        disk.freeze();
-        let files = disk.frozen();
-        let mut client = client.borrow_mut();
-        let id = keep(&mut client, &files, files.len() as u32 - 1).unwrap();
-        let (opened, files) = open(&mut client, &id).unwrap();
-        prop_assert!(opened.has_disk && !opened.has_memory);
-        prop_assert!(content(&files[0]) == disk.model);
+        for (id, model) in &kept {
+            let (opened, files) = open(&mut client, id).unwrap();
+            prop_assert!(opened.has_disk && !opened.has_memory);
+            prop_assert!(content(&files[0]) == *model);
+        }
         Ok(())
     });
     outcome.unwrap();
+}
+
+#[test]
+fn of_a_disk_whose_layers_are_known_only_new_ones_are_read() {
+    let place = Place::new();
+    let mut client = place.connect();
+    let mut disk = Disk::new();
+    disk.write(4096, &[1; 8192]);
+    disk.freeze();
+    let first = keep(&mut client, &disk.frozen(), 1).unwrap();
+    disk.write(8192, &[2; 4096]);
+    disk.zero(1 << 20, 4096);
+    disk.freeze();
+    // What was stored before is not looked at again: nobody would see that it is something else now.
+    let at = disk.layers[0].metadata().unwrap().len() - SIZE;
+    disk.layers[0].write_all_at(&[9; 4096], at + 4096).unwrap();
+    let known = keep_since(&mut client, &first, &disk.frozen(), 2).unwrap();
+    let (_, files) = open(&mut client, &known).unwrap();
+    assert!(content(&files[0]) == disk.model);
+    // Of another disk all is read, and of this one without a snapshot to build on.
+    let mut other = Disk::new();
+    other.write(0, &[5; 4096]);
+    other.freeze();
+    let of_other = keep_since(&mut client, &known, &other.frozen(), 1).unwrap();
+    let (_, files) = open(&mut client, &of_other).unwrap();
+    assert!(content(&files[0]) == other.model);
+    let whole = keep(&mut client, &disk.frozen(), 2).unwrap();
+    let (_, files) = open(&mut client, &whole).unwrap();
+    disk.model[4096..8192].fill(9);
+    assert!(content(&files[0]) == disk.model);
 }
 
 #[test]

@@ -82,7 +82,8 @@ pub(super) struct Files {
     pub(super) disk: Option<File>,
     /// The disk, if it has layers; these come with Keep.
     pub(super) layers: Option<View<File>>,
-    /// What memory may be an increment of; held, so that it is not removed meanwhile.
+    /// What memory, if it is captured, may be an increment of, and the disk; held, so that it is not removed
+    /// meanwhile.
     pub(super) base: Option<Reader>,
 }
 
@@ -180,13 +181,16 @@ pub(super) fn memory(name: &str) -> Option<u64> {
     Some(kib.saturating_mul(1024))
 }
 
-/// The snapshot that memory may be an increment of, if its memory is still here and whole.
+/// The snapshot that memory may be an increment of, if its memory is still here and whole. Without memory: any.
 fn base(shared: &Shared, begin: &v1::Begin) -> Option<Reader> {
     if begin.base.is_empty() {
         return None;
     }
     shared.captures.wait_for(&begin.base);
     let reader = shared.store.read(begin.base.parse().ok()?).ok()?;
+    if begin.memory_bytes == 0 {
+        return Some(reader);
+    }
     let length = reader.image(images::MEMORY).ok()?.length;
     (length == begin.memory_bytes).then_some(reader)
 }
@@ -272,6 +276,20 @@ impl Source for Layers<'_> {
     }
 }
 
+/// Bytes of a disk that may differ from those of a snapshot, if what that snapshot is of is one of the disk's layers:
+/// what the layers over it have. Layers that went into one have the id of the highest of them.
+fn changed_since(base: &Reader, view: &View<File>) -> Option<Vec<Range<u64>>> {
+    if base.image(images::DISK).ok()?.length != view.size() {
+        return None;
+    }
+    let id = base.read_all(images::DISK_LAYER, LayerId::BASE.0.len());
+    let id = LayerId(id.ok()?.try_into().ok()?);
+    let at = view.layers().iter().position(|layer| layer.id() == id)?;
+    let extents = view.extents_since(at + 1);
+    let ranges = extents.map(|extent| extent.map(|e| e.offset..e.offset + e.length));
+    ranges.collect::<Result<_, _>>().ok()
+}
+
 /// Begins to store a capture.
 pub(super) fn keep(busy: Busy, files: Files, keep: v1::Keep) -> Result<Storing, v1::Error> {
     let shared = Arc::clone(busy.shared());
@@ -322,6 +340,8 @@ pub(super) fn keep(busy: Busy, files: Files, keep: v1::Keep) -> Result<Storing, 
         drop(ending);
         // Whoever asked may have gone.
         let _ = sender.send(outcome);
+        // What nobody waits for yet must not take the time of guests, nor lengthen their pauses.
+        let _ = rustix::process::setpriority_process(None, 10);
         for (part, turn) in held {
             calls::fill_ahead(shared, id, *part, &turn);
             drop(turn);
@@ -399,8 +419,17 @@ fn store_all(
     for file in [&files.memory, &files.disk].into_iter().flatten() {
         expect(&source(file)?)?;
     }
-    if let Some(layers) = &layers {
-        expect(layers)?;
+    let changed = match (&files.layers, &files.base) {
+        (Some(view), Some(base)) => changed_since(base, view).map(|ranges| (base, ranges)),
+        _ => None,
+    };
+    match (&layers, &changed) {
+        (Some(_), Some((_, ranges))) => {
+            let bytes = ranges.iter().map(|range| range.end - range.start).sum();
+            so_far.total.fetch_add(bytes, Ordering::Relaxed);
+        }
+        (Some(layers), None) => expect(layers)?,
+        (None, _) => {}
     }
     let missing = |what: &str| refusal(Code::Invalid, format!("the capture has no {what}"));
     writer.image(images::SANDBOX, Kind::State, &keep.sandbox[..])?;
@@ -417,8 +446,14 @@ fn store_all(
         }
     }
     if keep.has_disk {
+        if let Some(view) = &files.layers {
+            writer.image(images::DISK_LAYER, Kind::State, &view.id().0[..])?;
+        }
         match (&layers, &files.disk) {
-            (Some(layers), _) => writer.image(images::DISK, Kind::Disk, layers)?,
+            (Some(layers), _) => match &changed {
+                Some((base, ranges)) => writer.image_changed(images::DISK, layers, base, ranges)?,
+                None => writer.image(images::DISK, Kind::Disk, layers)?,
+            },
             (None, Some(disk)) => writer.image(images::DISK, Kind::Disk, &source(disk)?)?,
             (None, None) => return Err(missing("disk")),
         }
