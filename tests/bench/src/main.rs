@@ -3,6 +3,7 @@
 mod counters;
 mod measures;
 mod overload;
+mod pause;
 mod report;
 mod session;
 mod snapshot;
@@ -56,6 +57,8 @@ enum Group {
     Snapshot,
     /// A sandbox by the command line: exec, terminal, waits, copies, listings. Of this project's VMM only.
     Session,
+    /// How long a sandbox stands still for snapshots and a fork. Of this project's VMM only, and only if it is asked for.
+    Pause,
     /// Pings of a sandbox that is full of something. Of this project's VMM only, and only if it is asked for.
     Overload,
 }
@@ -99,6 +102,9 @@ struct Arguments {
         requires = "tool"
     )]
     belljar: Option<PathBuf>,
+    /// The keeper of snapshots, for the group `pause`
+    #[arg(long, value_name = "FILE", requires = "belljar")]
+    keeper: Option<PathBuf>,
     /// A program that the guest of the group `session` starts again and again
     #[arg(long, value_name = "FILE")]
     tool: Option<PathBuf>,
@@ -208,6 +214,8 @@ impl Bench {
             (&mut arguments.image, "image"),
             (&mut arguments.disk, "disk"),
             (&mut arguments.belljar, "belljar"),
+            // Beside it, where it looks.
+            (&mut arguments.keeper, "belljar-keeper"),
             (&mut arguments.tool, "tool"),
         ] {
             if let Some(file) = file {
@@ -314,6 +322,9 @@ impl Bench {
         }
         if self.wants(Group::Session) && (tracing || run < self.arguments.runs.div_ceil(3)) {
             self.session(run, tracing)?;
+        }
+        if self.arguments.only.contains(&Group::Pause) && !tracing {
+            self.pause(run)?;
         }
         if self.arguments.only.contains(&Group::Overload) && !tracing {
             self.overload(run)?;
@@ -481,6 +492,20 @@ impl Bench {
     }
 
     /// One more of them, which is overloaded.
+    fn pause(&mut self, run: u32) -> Result<()> {
+        let programs = self.programs(&format!("pause-{run}"))?;
+        let (Some((name, programs)), true) = (programs, self.arguments.keeper.is_some()) else {
+            return Err(Failure(
+                "the group 'pause' takes --belljar, --keeper and an image (make image)".to_owned(),
+            ));
+        };
+        for samples in pause::measure(&programs)? {
+            self.report.add(&name, run, false, &samples)?;
+        }
+        let _ = fs::remove_dir_all(programs.work);
+        Ok(())
+    }
+
     fn overload(&mut self, run: u32) -> Result<()> {
         let Some((name, programs)) = self.programs(&format!("overload-{run}"))? else {
             return Ok(());

@@ -18,7 +18,7 @@ use crate::report::Samples;
 
 /// Nothing here takes longer, by the clock of the instrument.
 const PATIENCE: Duration = Duration::from_secs(60);
-const NAME: &str = "bench";
+pub(crate) const NAME: &str = "bench";
 /// Where the guest keeps this benchmark's program.
 pub(crate) const TOOL: &str = "/root/tool";
 const COPIED_MIB: usize = 64;
@@ -147,19 +147,31 @@ impl<'a> Sandbox<'a> {
         command
     }
 
-    fn says<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Result<()> {
-        let mut child = self
-            .command(arguments)
-            .spawn()
-            .attempt("cannot start belljar")?;
-        let mut said = String::new();
+    pub(crate) fn says<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Result<()> {
+        self.run(self.command(arguments), arguments).map(drop)
+    }
+
+    /// What it prints.
+    pub(crate) fn answers<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Result<String> {
+        let mut command = self.command(arguments);
+        command.stdout(Stdio::piped());
+        self.run(command, arguments)
+    }
+
+    fn run<S: AsRef<OsStr>>(&self, mut command: Command, arguments: &[S]) -> Result<String> {
+        let mut child = command.spawn().attempt("cannot start belljar")?;
+        let (mut answer, mut said) = (String::new(), String::new());
+        if let Some(mut output) = child.stdout.take() {
+            // Less than a pipe holds, so it need not be read beside the other one.
+            let _ = output.read_to_string(&mut answer);
+        }
         if let Some(mut errors) = child.stderr.take() {
             // What it says matters only if it fails.
             let _ = errors.read_to_string(&mut said);
         }
         let status = child.wait().attempt("belljar")?;
         if status.success() {
-            return Ok(());
+            return Ok(answer);
         }
         let words: Vec<_> = arguments
             .iter()
