@@ -12,6 +12,7 @@
 //! | `store/` | the store, see `docs/snapshot-format.md` |
 //! | `templates/ID.memory`, `ID.disk` | complete images of snapshot ID, sparse, read-only, each with a record `.ok`: a cache |
 //! | `touched/ID` | which pages the guests of snapshot ID needed first: a hint |
+//! | `ready/N/` | where a ready VMM and its supervisor wait |
 //! | `digests` | contents of base images by file, size and time: a cache |
 #![deny(unsafe_code)]
 
@@ -42,6 +43,13 @@ pub const VERSION: u32 = 2;
 pub const DIR: &str = "keeper";
 /// Name of its socket.
 pub const SOCKET: &str = "keeper.sock";
+/// First argument of a supervisor that waits with a VMM, behind the word for supervisors: then come the directory that
+/// it waits in, and the VMM's program.
+pub const READY_MODE: &str = "--ready";
+/// The API's socket of a VMM that waits, in that directory.
+pub const READY_SOCKET: &str = "api.sock";
+/// How many VMMs are kept ready for the snapshot that was restored last.
+pub const READY_VARIABLE: &str = "BELLJAR_READY_VMMS";
 /// How long a keeper that nobody needs stays, in milliseconds; for tests.
 pub const IDLE_VARIABLE: &str = "BELLJAR_KEEPER_IDLE_MS";
 /// Bytes that templates may take on disk.

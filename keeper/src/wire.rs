@@ -69,6 +69,12 @@ impl Connection {
         &self.stream
     }
 
+    /// The socket alone. What had arrived and was not asked for is lost.
+    #[must_use]
+    pub fn into_stream(self) -> UnixStream {
+        self.stream
+    }
+
     /// Sends a message with descriptors.
     ///
     /// # Errors

@@ -132,7 +132,14 @@ impl From<'_> {
         let root = StateRoot::locate()?;
         let assets = self.machine.assets()?;
         let keeper = self.keeper.keeper(&root);
-        let source = Source::open(&keeper, self.snapshot, &assets, self.image.clone())?;
+        let programs = self.machine.programs();
+        let source = Source::open(
+            &keeper,
+            self.snapshot,
+            &assets,
+            &programs,
+            self.image.clone(),
+        )?;
         stages.mark(match (source.hot, &source.handler) {
             (true, _) => "template",
             (false, Some(_)) => "lazy",
@@ -140,7 +147,7 @@ impl From<'_> {
         });
         let host = Host {
             root: &root,
-            programs: &self.machine.programs(),
+            programs: &programs,
             assets: &assets,
             limits,
         };

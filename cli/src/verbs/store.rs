@@ -232,6 +232,8 @@ fn du(args: &Du) -> Result<u8, Failure> {
             "budget": usage.budget,
             "template_bytes": usage.template_bytes,
             "template_budget": usage.template_budget,
+            "ready_vmms": usage.ready_vmms,
+            "ready_bytes": usage.ready_bytes,
             "problems": usage.problems,
             "snapshots": usage.snapshots.iter().map(|snapshot| {
                 let more = json!({
@@ -256,8 +258,15 @@ fn du(args: &Du) -> Result<u8, Failure> {
                 0 => String::new(),
                 budget => format!(" of {}", output::size(budget)),
             };
+            let ready = match usage.ready_vmms {
+                0 => String::new(),
+                count => format!(
+                    "; {count} VMMs ready, in {} of memory",
+                    output::size(usage.ready_bytes)
+                ),
+            };
             output::print(&format!(
-                "{}\n{}{budget} on disk: {} needed, {} waiting to be deleted; templates {} of {}\n",
+                "{}\n{}{budget} on disk: {} needed, {} waiting to be deleted; templates {} of {}{ready}\n",
                 table.render(),
                 output::size(total),
                 output::size(usage.live_bytes.saturating_add(usage.manifest_bytes)),

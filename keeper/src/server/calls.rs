@@ -76,6 +76,7 @@ pub(super) fn answer(
 fn forget(shared: &Shared, id: SnapshotId) {
     shared.templates.remove(id);
     shared.hot.remove(id);
+    shared.ready.forget(id);
     touched::remove(&shared.touched, id);
 }
 
@@ -165,9 +166,10 @@ fn open(shared: &Arc<Shared>, call: &v1::Open) -> Answered {
         has_disk: manifest.image(images::DISK).is_some(),
         hot: true,
         lazy: false,
+        ready: false,
     };
     let mut descriptors = Vec::new();
-    let mut handler = None;
+    let (mut handler, mut ready) = (None, None);
     if opened.has_memory {
         descriptors.push(state(&reader)?);
         let here = memory_now(shared, &reader)?;
@@ -184,6 +186,11 @@ fn open(shared: &Arc<Shared>, call: &v1::Open) -> Answered {
         };
         opened.hot = was_there;
         opened.lazy = handler.is_some();
+        if let Some(programs) = &call.programs {
+            let complete = (!opened.lazy).then_some(&memory);
+            let vcpus = manifest.requirements.vcpus;
+            ready = shared.ready.restoring(id, vcpus, programs, complete);
+        }
         descriptors.push(memory.into());
     }
     if opened.has_disk {
@@ -192,6 +199,8 @@ fn open(shared: &Arc<Shared>, call: &v1::Open) -> Answered {
         descriptors.push(disk.into());
     }
     descriptors.extend(handler.map(|(_, socket)| socket));
+    opened.ready = ready.is_some();
+    descriptors.extend(ready.into_iter().flat_map(|(socket, pid)| [socket, pid]));
     if !opened.hot {
         settle_later(shared, id);
     }
@@ -331,7 +340,11 @@ fn template(
 /// Templates that are not needed make room for another one.
 fn room_for(shared: &Shared, data: u64) -> Result<(), v1::Error> {
     let wanted = data.saturating_add(RESERVE);
-    let free = shared.templates.make_room(wanted);
+    let mut free = shared.templates.make_room(wanted);
+    // They keep files that have no name any more.
+    if free < wanted && shared.ready.clear() {
+        free = shared.templates.make_room(wanted);
+    }
     if free >= wanted {
         return Ok(());
     }
@@ -424,6 +437,7 @@ fn usage(shared: &Shared, meanwhile: &mut dyn FnMut(Answer) -> bool) -> Answered
             break;
         }
     }
+    let (ready_vmms, ready_bytes) = shared.ready.usage();
     let answer = v1::Usage {
         packs: usage.packs,
         pack_bytes: usage.pack_bytes,
@@ -435,6 +449,8 @@ fn usage(shared: &Shared, meanwhile: &mut dyn FnMut(Answer) -> bool) -> Answered
         template_bytes: shared.templates.bytes(),
         template_budget: shared.templates.budget,
         problems: problems(shared),
+        ready_vmms,
+        ready_bytes,
     };
     Ok((Answer::Usage(answer), Vec::new()))
 }

@@ -9,6 +9,7 @@ mod hot;
 mod lazy;
 mod log;
 mod names;
+mod ready;
 mod regions;
 mod rescue;
 mod session;
@@ -31,12 +32,14 @@ use belljar_store::{Settings, Store};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FlockOperation;
 
-use crate::{HOT_VARIABLE, IDLE_VARIABLE, SOCKET, TEMPLATES_VARIABLE};
+use crate::{HOT_VARIABLE, IDLE_VARIABLE, READY_VARIABLE, SOCKET, TEMPLATES_VARIABLE};
 
 /// Unless [`IDLE_VARIABLE`] says.
 const IDLE: Duration = Duration::from_secs(20);
 /// Unless [`TEMPLATES_VARIABLE`] says.
 const TEMPLATE_BYTES: u64 = 8 << 30;
+/// Between two looks whether there is something to do that nobody asked for.
+const LOOK: Duration = Duration::from_millis(250);
 /// A keeper that is leaving gives its lock back within this time.
 const LEAVING: Duration = Duration::from_secs(10);
 
@@ -64,6 +67,8 @@ pub(crate) struct Shared {
     pub(crate) hot: hot::Hot,
     pub(crate) captures: capture::Captures,
     pub(crate) digests: digests::Digests,
+    /// VMMs that wait for the next restore.
+    pub(crate) ready: ready::ReadyVmms,
     /// Memory that is being filled while guests run.
     pub(crate) lazies: lazy::Lazies,
     /// The folder of what guests touched first.
@@ -197,6 +202,7 @@ fn serve(surroundings: Arc<dyn Surroundings>) -> Result<(), ServerError> {
         hot: hot::Hot::new(number(HOT_VARIABLE)),
         captures: capture::Captures::default(),
         digests: digests::Digests::load(Path::new("digests")),
+        ready: ready::ReadyVmms::new(number(READY_VARIABLE)),
         lazies: lazy::Lazies::default(),
         touched: PathBuf::from("touched"),
         marking: Mutex::default(),
@@ -213,6 +219,7 @@ fn serve(surroundings: Arc<dyn Surroundings>) -> Result<(), ServerError> {
         let _ = rustix::stdio::dup2_stderr(null);
     }
     accept_all(&listener, &shared)?;
+    shared.ready.clear();
     // Who connected in this moment is cut before Hello, and tries again.
     let _ = std::fs::remove_file(SOCKET);
     Ok(())
@@ -223,7 +230,10 @@ fn accept_all(listener: &UnixListener, shared: &Arc<Shared>) -> Result<(), Serve
     let mut last_busy = Instant::now();
     loop {
         let mut set = [PollFd::new(listener, PollFlags::IN)];
-        let wait = idle.min(Duration::from_millis(250));
+        let mut wait = idle.min(LOOK);
+        if let Some(next) = shared.ready.next() {
+            wait = wait.min(next.saturating_duration_since(Instant::now()));
+        }
         let wait = Timespec::try_from(wait).unwrap_or(Timespec {
             tv_sec: 1,
             tv_nsec: 0,
@@ -245,6 +255,7 @@ fn accept_all(listener: &UnixListener, shared: &Arc<Shared>) -> Result<(), Serve
                 std::thread::sleep(Duration::from_millis(50));
             }
         }
+        ready::look_after(shared);
         if shared.busy.load(Ordering::SeqCst) > 0 {
             last_busy = Instant::now();
         } else if last_busy.elapsed() >= idle {

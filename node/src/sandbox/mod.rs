@@ -38,13 +38,15 @@ use crate::snapshots::Bases;
 use crate::stages::Stages;
 use crate::state::spec::{Life, SandboxSpec};
 use crate::state::{self, SandboxDir, StateRoot};
-use crate::supervisor::{self, Event, EventReader};
+use crate::supervisor::{self, Event, EventReader, Ready, Supervising};
 use crate::vmm;
 
 /// Between two looks for the API's socket. The supervisor is watched at the same time.
 const API_RETRY: Duration = Duration::from_micros(300);
 /// How long the record of an end may take after the connection broke.
 const END_PATIENCE: Duration = Duration::from_secs(2);
+/// A supervisor that was told to end, and is no child of this process, does so within this time.
+const OWNER_PATIENCE: Duration = Duration::from_secs(60);
 /// A Ready message that has begun to arrive is here within this time.
 const READY_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -56,12 +58,31 @@ pub struct Programs {
     pub vmm: PathBuf,
 }
 
+/// The supervisor of a sandbox.
+#[derive(Debug)]
+enum Owner {
+    /// This process has started it.
+    Child(Child),
+    /// It was started ahead, by the keeper.
+    Other(Supervising),
+}
+
+impl Owner {
+    /// Waits for its end, which was asked for.
+    fn wait(&mut self) {
+        match self {
+            Self::Child(child) => drop(child.wait()),
+            Self::Other(other) => drop(other.wait(OWNER_PATIENCE)),
+        }
+    }
+}
+
 /// A guest that is up, with the supervisor that owns it. Dropping it tears it down, and removes a sandbox
 /// that is not persistent.
 #[derive(Debug)]
 pub struct Sandbox {
     dir: SandboxDir,
-    supervisor: Child,
+    supervisor: Owner,
     /// Hanging up ends everything.
     control: Option<UnixStream>,
     events: EventReader,
@@ -179,7 +200,7 @@ impl Sandbox {
         .map_err(failed("starting it"))?;
         Ok(Self {
             dir,
-            supervisor,
+            supervisor: Owner::Child(supervisor),
             control: Some(control),
             events: EventReader::default(),
             ended: None,
@@ -189,6 +210,37 @@ impl Sandbox {
             life,
             finished: false,
         })
+    }
+
+    /// Gives the sandbox to a VMM that waits. If that fails nobody owns it, and something may be left in the directory.
+    fn hand_over(ready: Ready, dir: SandboxDir, lock: File, life: Life) -> std::io::Result<Self> {
+        let (supervisor, control, events) = ready.take(&dir, &lock)?;
+        Ok(Self {
+            dir,
+            supervisor: Owner::Other(supervisor),
+            control: Some(control),
+            events,
+            ended: None,
+            _lock: lock,
+            ready: v1::Ready::default(),
+            warnings: Vec::new(),
+            life,
+            finished: false,
+        })
+    }
+
+    /// Ends the VMM, whose guest has not run; the directory stays, with what is left of them in it.
+    fn abandon(mut self) {
+        self.finished = true;
+        if let Some(control) = &mut self.control {
+            let _ = supervisor::abandon(control);
+            // It says how the VMM ended, and waits until it is heard.
+            let _ = control.shutdown(std::net::Shutdown::Write);
+        }
+        match &mut self.supervisor {
+            Owner::Other(other) => other.end(OWNER_PATIENCE),
+            Owner::Child(child) => drop(child.wait()),
+        }
     }
 
     fn bring_up(
@@ -471,7 +523,7 @@ impl Sandbox {
             let _ = control.shutdown(std::net::Shutdown::Write);
             self.collect_end(control);
         }
-        let _ = self.supervisor.wait();
+        self.supervisor.wait();
         // The supervisor has done it, unless it was killed.
         if self.life != Life::Persistent && self.dir.path().exists() {
             let _ = self.dir.remove();

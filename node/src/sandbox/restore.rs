@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use belljar_protocol::client::system::Adoption;
@@ -16,6 +18,7 @@ use crate::snapshots::{Bases, Disk, Loaded, Origin, Source};
 use crate::stages::Stages;
 use crate::state::spec::{Life, SandboxSpec};
 use crate::state::{self, SandboxDir, StateError};
+use crate::supervisor::Ready;
 use crate::{disk, supervisor, vmm};
 
 /// Programs go on within this time after the agent has taken over.
@@ -45,30 +48,138 @@ impl Sandbox {
         let spec: SandboxSpec = dir
             .read_record(state::CONFIG)?
             .ok_or_else(|| BootError::Invalid(format!("sandbox {} is not complete", dir.id())))?;
-        Bases::note(dir, &spec)?;
-        let mut sandbox = Self::spawn(programs, dir.clone(), lock, spec.life)?;
-        // Dropping it tears it down.
         let disk = Layered::settled(dir, stays)?;
-        let overrides = overrides(&spec, disk.as_ref(), stays)?;
-        sandbox.load(overrides, source, limits, deadline, stages)?;
+        let machine = Machine {
+            source,
+            spec: &spec,
+            disk: disk.as_ref(),
+            stays,
+            deadline,
+        };
+        Bases::note(dir, &spec)?;
+        let ahead = match source.take_ready() {
+            Some(ready) => Self::load_ahead(ready, dir, &lock, &machine, stages)?,
+            None => None,
+        };
+        // Dropping it tears it down.
+        let mut sandbox = match ahead {
+            Some(sandbox) => sandbox,
+            None => {
+                let mut sandbox = Self::spawn(programs, dir.clone(), lock, spec.life)?;
+                let mut api = sandbox.connect_api(limits, deadline)?;
+                stages.mark("VMM process");
+                put_console(&mut api, deadline)
+                    .map_err(BootError::from)
+                    .and_then(|()| machine.load(&mut api))
+                    .map_err(|error| sandbox.why_not_loaded(error))?;
+                sandbox
+            }
+        };
+        sandbox.note_loaded(source)?;
+        stages.mark("loaded");
+        if let Some(control) = &mut sandbox.control {
+            supervisor::attach_console(control).map_err(|source| BootError::Supervisor {
+                doing: "following the console",
+                source,
+            })?;
+        }
         sandbox.take_over(&spec, limits, deadline, stages)?;
         BootRecord::new(&sandbox.ready, stages).write(&sandbox.dir)?;
         Ok(sandbox)
     }
 
-    /// Has the VMM load the machine, and run it.
-    fn load(
+    /// Has a VMM that waits load the machine. `None`: it could not, and no guest has run; it is to be done in the
+    /// ordinary way, from the beginning.
+    fn load_ahead(
+        ready: Ready,
+        dir: &SandboxDir,
+        lock: &File,
+        machine: &Machine<'_>,
+        stages: &mut Stages,
+    ) -> Result<Option<Self>, BootError> {
+        let Machine { spec, deadline, .. } = *machine;
+        let taken = lock
+            .try_clone()
+            .and_then(|lock| Self::hand_over(ready, dir.clone(), lock, spec.life));
+        if let Ok(mut sandbox) = taken {
+            let socket = sandbox.socket(state::API_SOCKET)?;
+            let api = UnixStream::connect(socket.path()).map_err(vmm::ApiError::from);
+            let asked = api.and_then(|mut api| {
+                put_console(&mut api, deadline)?;
+                Ok(api)
+            });
+            if let Ok(mut api) = asked {
+                stages.mark("ready VMM");
+                match machine.load(&mut api) {
+                    Ok(()) => return Ok(Some(sandbox)),
+                    Err(BootError::Api(vmm::ApiError::Refused { .. })) => {}
+                    // Its guest may have written to its disk.
+                    Err(error) => return Err(sandbox.why_not_loaded(error)),
+                }
+            }
+            sandbox.abandon();
+        }
+        dir.forget_last_run()?;
+        Bases::note(dir, spec)?;
+        Ok(None)
+    }
+
+    fn why_not_loaded(&mut self, error: BootError) -> BootError {
+        match error {
+            BootError::Api(vmm::ApiError::Refused { .. }) => error,
+            BootError::Api(_) => self
+                .explain_end("before it had loaded the snapshot")
+                .unwrap_or(error),
+            other => other,
+        }
+    }
+
+    fn note_loaded(&self, source: &Source) -> Result<(), BootError> {
+        if let Some(snapshot) = &source.snapshot {
+            let loaded = Loaded {
+                snapshot: snapshot.clone(),
+            };
+            self.dir.write_record(state::LOADED, &loaded)?;
+        }
+        Ok(())
+    }
+
+    /// Tells the guest who it is; returns when its programs go on.
+    fn take_over(
         &mut self,
-        (drives, files): (Vec<serde_json::Value>, Vec<NamedFile>),
-        source: &Source,
+        spec: &SandboxSpec,
         limits: Limits<'_>,
         deadline: Instant,
         stages: &mut Stages,
     ) -> Result<(), BootError> {
+        // A cancelled restore is noticed here at the latest.
+        self.watch(None, limits.cancel, Instant::now())?;
+        let told = adopt(&self.dir, spec, deadline, stages).map_err(|error| {
+            self.explain_end("right after it was restored")
+                .unwrap_or(error)
+        })?;
+        self.ready.generation = GENERATION;
+        // It draws its own numbers, or it would not have been adopted; anything else it can be told again.
+        self.warnings.extend(told);
+        Ok(())
+    }
+}
+
+/// A machine that is to be loaded, and what it has here.
+struct Machine<'a> {
+    source: &'a Source,
+    spec: &'a SandboxSpec,
+    disk: Option<&'a Layered>,
+    stays: bool,
+    deadline: Instant,
+}
+
+impl Machine<'_> {
+    /// Has a VMM load it, and run it.
+    fn load(&self, api: &mut UnixStream) -> Result<(), BootError> {
+        let source = self.source;
+        let (drives, files) = overrides(self.spec, self.disk, self.stays)?;
         let (state, memory) = source.machine()?;
-        let mut api = self.connect_api(limits, deadline)?;
-        stages.mark("VMM process");
-        let console = json!({"socket_path": state::CONSOLE_SOCKET}).to_string();
         let backend = match &source.handler {
             None => json!({"backend_type": "File", "backend_path": "fd:memory"}),
             Some(_) => json!({
@@ -93,55 +204,15 @@ impl Sandbox {
                 .iter()
                 .map(|(name, file)| (name.as_str(), file.as_fd())),
         );
-        let loaded = vmm::request(&mut api, "PUT", "/console", console.as_bytes(), deadline)
-            .and_then(|_| {
-                let call = ("PUT", "/snapshot/load");
-                vmm::request_with(&mut api, call, load.as_bytes(), &descriptors, deadline)
-            });
-        match loaded {
-            Ok(_) => {}
-            Err(error @ vmm::ApiError::Refused { .. }) => return Err(error.into()),
-            Err(error) => {
-                return Err(self
-                    .explain_end("before it had loaded the snapshot")
-                    .unwrap_or_else(|| error.into()));
-            }
-        }
-        if let Some(snapshot) = &source.snapshot {
-            let loaded = Loaded {
-                snapshot: snapshot.clone(),
-            };
-            self.dir.write_record(state::LOADED, &loaded)?;
-        }
-        stages.mark("loaded");
-        if let Some(control) = &mut self.control {
-            supervisor::attach_console(control).map_err(|source| BootError::Supervisor {
-                doing: "following the console",
-                source,
-            })?;
-        }
+        let call = ("PUT", "/snapshot/load");
+        vmm::request_with(api, call, load.as_bytes(), &descriptors, self.deadline)?;
         Ok(())
     }
+}
 
-    /// Tells the guest who it is; returns when its programs go on.
-    fn take_over(
-        &mut self,
-        spec: &SandboxSpec,
-        limits: Limits<'_>,
-        deadline: Instant,
-        stages: &mut Stages,
-    ) -> Result<(), BootError> {
-        // A cancelled restore is noticed here at the latest.
-        self.watch(None, limits.cancel, Instant::now())?;
-        let told = adopt(&self.dir, spec, deadline, stages).map_err(|error| {
-            self.explain_end("right after it was restored")
-                .unwrap_or(error)
-        })?;
-        self.ready.generation = GENERATION;
-        // It draws its own numbers, or it would not have been adopted; anything else it can be told again.
-        self.warnings.extend(told);
-        Ok(())
-    }
+fn put_console(api: &mut UnixStream, deadline: Instant) -> Result<(), vmm::ApiError> {
+    let console = json!({"socket_path": state::CONSOLE_SOCKET}).to_string();
+    vmm::request(api, "PUT", "/console", console.as_bytes(), deadline).map(drop)
 }
 
 /// Tells a guest that was restored, or has gone back, who it is now; returns when its programs go on. What it
@@ -337,6 +408,12 @@ impl Source {
             dir.write_record(state::ORIGIN, &origin)?;
         }
         Ok(())
+    }
+
+    /// The VMM that waits for it, if there is one: for one guest.
+    fn take_ready(&self) -> Option<Ready> {
+        let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
+        ready.take()
     }
 
     /// State and memory, with positions of their own: clones share the files.

@@ -65,6 +65,7 @@ pub fn fork(
         snapshot: None,
         machine: image.memory.map(|memory| (image.state, memory)),
         handler: None,
+        ready: Mutex::default(),
         disk: image.disk,
         base_images: BTreeMap::new(),
         hot: true,

@@ -65,7 +65,7 @@ pub fn reset(
     // All that can be refused is, before anything is lost.
     let open = |disk_only: &dyn Fn(&str) -> bool| {
         let image = image.map(Path::to_path_buf);
-        Source::open_for(keeper, snapshot, host.assets, image, disk_only)
+        Source::open_for(keeper, snapshot, host.assets, image, None, disk_only)
     };
     let source = open(&|id| loaded.as_deref() == Some(id))?;
     stages.mark("template");

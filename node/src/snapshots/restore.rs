@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Mutex;
 
 use belljar_keeper::client::{Keeper, KeeperError};
 use belljar_keeper::v1::{self as keeper, reply::Result as Answer, request::Call};
@@ -19,6 +20,7 @@ use crate::sandbox::{Limits, Programs, Sandbox, create_with};
 use crate::stages::Stages;
 use crate::state::spec::{Life, SandboxSpec, now_ms};
 use crate::state::{SandboxDir, StateRoot};
+use crate::supervisor::Ready;
 
 /// What every VMM needs beside the guest's memory, about.
 const VMM_BYTES: u64 = 32 << 20;
@@ -50,6 +52,8 @@ pub struct Source {
     pub machine: Option<(File, File)>,
     /// Memory comes while the guest runs: the socket of who brings it. For one guest.
     pub handler: Option<OwnedFd>,
+    /// A VMM that waits for just this memory: for one guest.
+    pub(crate) ready: Mutex<Option<Ready>>,
     pub disk: Option<Disk>,
     /// Where the base images are, by drive.
     pub base_images: BTreeMap<String, String>,
@@ -58,7 +62,7 @@ pub struct Source {
 }
 
 impl Source {
-    /// Has the keeper prepare a snapshot; `image` names the root file system's file if it is not where it was.
+    /// Has the keeper prepare a snapshot, and have a VMM of these programs ready if there is one; `image` names the root file system's file if it is not where it was.
     ///
     /// # Errors
     /// There is no such snapshot, or it cannot be restored on this machine.
@@ -66,12 +70,13 @@ impl Source {
         keeper: &Keeper,
         snapshot: &str,
         assets: &Assets,
+        programs: &Programs,
         image: Option<PathBuf>,
     ) -> Result<Self, SnapshotError> {
-        Self::open_for(keeper, snapshot, assets, image, |_| false)
+        Self::open_for(keeper, snapshot, assets, image, Some(programs), |_| false)
     }
 
-    /// The same; without state and memory if `disk_only` says so of the snapshot's id.
+    /// The same; without a ready VMM if no programs are named, and without state and memory if `disk_only` says so of the snapshot's id.
     ///
     /// # Errors
     /// As [`Source::open`].
@@ -80,6 +85,7 @@ impl Source {
         snapshot: &str,
         assets: &Assets,
         image: Option<PathBuf>,
+        programs: Option<&Programs>,
         disk_only: impl FnOnce(&str) -> bool,
     ) -> Result<Self, SnapshotError> {
         let mut client = keeper.connect()?;
@@ -96,21 +102,27 @@ impl Source {
             candidates,
             disk_only: disk_only(&id_of(&description)),
             lazy: can_wait_for_pages(),
+            programs: programs.and_then(found),
         });
         let (Answer::Opened(opened), files) = client.call(open, &[], |_| {})? else {
             return Err(KeeperError::Unexpected.into());
         };
-        let mut files = files.into_iter().map(File::from);
+        let mut files = files.into_iter();
         let mut next = || files.next().ok_or(KeeperError::Unexpected);
         let machine = match opened.has_memory {
-            true => Some((next()?, next()?)),
+            true => Some((File::from(next()?), File::from(next()?))),
             false => None,
         };
         let disk = opened.has_disk.then(&mut next).transpose()?;
-        let disk = disk.map(Disk::Image);
-        let handler = opened.lazy.then(&mut next).transpose()?.map(OwnedFd::from);
+        let disk = disk.map(|disk| Disk::Image(disk.into()));
+        let handler = opened.lazy.then(&mut next).transpose()?;
+        let ready = match opened.ready {
+            true => Some(Ready::new(next()?.into(), next()?)),
+            false => None,
+        };
         Ok(Self {
             handler,
+            ready: Mutex::new(ready),
             saved,
             snapshot: Some(id_of(&description)),
             machine,
@@ -171,6 +183,19 @@ impl Source {
 fn can_wait_for_pages() -> bool {
     std::env::var_os("BELLJAR_LAZY").is_none_or(|on| on != "0")
         && rustix::fs::access("/dev/userfaultfd", Access::READ_OK | Access::WRITE_OK).is_ok()
+}
+
+/// Programs as the keeper can start them, which works elsewhere.
+fn found(programs: &Programs) -> Option<keeper::Programs> {
+    let text = |path: &PathBuf| -> Option<String> {
+        // Such as /proc/self/exe.
+        let path = std::fs::canonicalize(path).ok()?;
+        Some(path.to_str()?.to_owned())
+    };
+    Some(keeper::Programs {
+        supervisor: text(&programs.supervisor)?,
+        vmm: text(&programs.vmm)?,
+    })
 }
 
 fn id_of(description: &keeper::Description) -> String {

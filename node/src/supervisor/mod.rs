@@ -5,9 +5,13 @@
 //! ended, and tells its owner. VMM and supervisor die together. When an owner hangs up that has not
 //! released the guest before, the VMM is killed. At the end the directory is removed, unless the
 //! sandbox is persistent.
+//!
+//! One that was started ahead ([`ready`]) waits with its VMM until it is given a sandbox, and is then like any other.
 
 pub mod control;
 mod protocol;
+mod ready;
+mod waiting;
 
 use std::ffi::OsString;
 use std::io::{self, PipeReader, Read, Write};
@@ -31,9 +35,11 @@ use crate::sys::{self, SignalFd};
 
 use control::Control;
 pub(crate) use protocol::EventReader;
-pub use protocol::{ATTACH_CONSOLE, Event, RELEASE};
+pub use protocol::{ABANDON, ATTACH_CONSOLE, Event, RELEASE};
+pub(crate) use ready::{Ready, Supervising};
 
-/// First argument of the hidden mode: `belljar __supervise DIR PROGRAM ARGUMENTS…`.
+/// First argument of the hidden mode: `belljar __supervise DIR PROGRAM ARGUMENTS…`, or `belljar __supervise --ready DIR
+/// PROGRAM` for one that waits.
 pub const MODE: &str = "__supervise";
 /// Its name in lists of processes.
 const NAME: &str = "belljar-supervisor";
@@ -47,7 +53,13 @@ const DRAIN: Duration = Duration::from_millis(200);
 /// Runs the hidden mode with the arguments after [`MODE`]. Returns the exit status of the supervisor.
 #[must_use]
 pub fn main(mut arguments: impl Iterator<Item = OsString>) -> u8 {
-    let (Some(dir), Some(program)) = (arguments.next(), arguments.next()) else {
+    let Some(dir) = arguments.next() else {
+        return 2;
+    };
+    if dir == belljar_keeper::READY_MODE {
+        return waiting::main(arguments);
+    }
+    let Some(program) = arguments.next() else {
         return 2;
     };
     let Ok(owner) = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3) else {
@@ -59,11 +71,28 @@ pub fn main(mut arguments: impl Iterator<Item = OsString>) -> u8 {
     if std::env::set_current_dir(dir.path()).is_err() {
         return 1;
     }
+    stand_alone();
+    let outcome = Supervisor::start(dir.clone(), &program, arguments.collect())
+        .and_then(|supervisor| supervisor.watch(&mut owner));
+    finish(&dir, owner, outcome)
+}
+
+fn stand_alone() {
     let _ = rustix::thread::set_name(c"belljar-superv");
     // Ctrl-C in the owner's terminal is for the guest.
     let _ = rustix::process::setsid();
-    let outcome = Supervisor::start(dir.clone(), &program, arguments.collect())
-        .and_then(|supervisor| supervisor.watch(&mut owner));
+}
+
+/// What is to become of the sandbox's directory when its guest has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum After {
+    /// As its configuration says.
+    Usual,
+    /// Its owner goes on with it.
+    Nothing,
+}
+
+fn finish(dir: &SandboxDir, mut owner: UnixStream, outcome: io::Result<After>) -> u8 {
     if let Err(error) = &outcome {
         Event::Failed {
             message: error.to_string(),
@@ -71,6 +100,9 @@ pub fn main(mut arguments: impl Iterator<Item = OsString>) -> u8 {
         .send(&mut owner);
     }
     wait_for_hang_up(&mut owner);
+    if matches!(outcome, Ok(After::Nothing)) {
+        return 0;
+    }
     // The lock is still held: it is the open file at descriptor 1.
     let spec: Option<SandboxSpec> = dir.read_record(state::CONFIG).ok().flatten();
     let stays = spec.is_some_and(|spec| spec.life == Life::Persistent);
@@ -82,6 +114,43 @@ pub fn main(mut arguments: impl Iterator<Item = OsString>) -> u8 {
 fn wait_for_hang_up(owner: &mut UnixStream) {
     let mut ignored = [0u8; 64];
     while owner.read(&mut ignored).is_ok_and(|count| count > 0) {}
+}
+
+/// A VMM that this process has started.
+struct Vmm {
+    child: Child,
+    pidfd: OwnedFd,
+    /// Its standard output and error.
+    output: PipeReader,
+}
+
+impl Vmm {
+    /// It works in the present directory, and dies with this thread.
+    fn spawn(program: &OsString, arguments: &[OsString]) -> io::Result<Self> {
+        let (output, vmm_output) = io::pipe()?;
+        let mut command = Command::new(program);
+        command
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(vmm_output.try_clone()?)
+            .stderr(vmm_output);
+        sys::die_with_parent(&mut command);
+        let child = command.spawn().map_err(|error| {
+            let program = program.to_string_lossy();
+            io::Error::new(
+                error.kind(),
+                format!("cannot start the VMM {program}: {error}"),
+            )
+        })?;
+        // Drops this process's ends of the pipe for writing, so that its end is seen.
+        drop(command);
+        let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
+        Ok(Self {
+            child,
+            pidfd,
+            output,
+        })
+    }
 }
 
 struct Supervisor {
@@ -101,33 +170,30 @@ struct Supervisor {
     cgroup: Option<PathBuf>,
     released: bool,
     torn_down: bool,
+    after: After,
 }
 
 impl Supervisor {
     fn start(dir: SandboxDir, program: &OsString, arguments: Vec<OsString>) -> io::Result<Self> {
-        let signals = SignalFd::new(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP])?;
-        // Named relative to the directory, which is the working directory.
+        let signals = signals()?;
         let control_socket = UnixListener::bind(state::CONTROL_SOCKET)?;
+        let vmm = Vmm::spawn(program, &arguments)?;
+        Self::own(dir, signals, control_socket, vmm)
+    }
+
+    /// Makes this process the owner of a sandbox whose directory is its working directory.
+    fn own(
+        dir: SandboxDir,
+        signals: SignalFd,
+        control_socket: UnixListener,
+        vmm: Vmm,
+    ) -> io::Result<Self> {
         let control = Control::new(Found::at(dir.clone()));
-        let (output, vmm_output) = io::pipe()?;
-        let mut command = Command::new(program);
-        command
-            .args(arguments)
-            .current_dir(dir.path())
-            .stdin(Stdio::null())
-            .stdout(vmm_output.try_clone()?)
-            .stderr(vmm_output);
-        sys::die_with_parent(&mut command);
-        let vmm = command.spawn().map_err(|error| {
-            let program = program.to_string_lossy();
-            io::Error::new(
-                error.kind(),
-                format!("cannot start the VMM {program}: {error}"),
-            )
-        })?;
-        // Drops this process's ends of the pipe for writing, so that its end is seen.
-        drop(command);
-        let vmm_pidfd = pidfd_open(Pid::from_child(&vmm), PidfdFlags::empty())?;
+        let Vmm {
+            child: vmm,
+            pidfd: vmm_pidfd,
+            output,
+        } = vmm;
         let supervisor = ProcessRecord::of(std::process::id());
         let spec: Option<SandboxSpec> = dir.read_record(state::CONFIG).map_err(io::Error::other)?;
         let spec = spec.unwrap_or_default();
@@ -160,10 +226,11 @@ impl Supervisor {
             cgroup,
             released: false,
             torn_down: false,
+            after: After::Usual,
         })
     }
 
-    fn watch(mut self, owner: &mut UnixStream) -> io::Result<()> {
+    fn watch(mut self, owner: &mut UnixStream) -> io::Result<After> {
         Event::Started { pid: self.vmm.id() }.send(owner);
         let mut owner_present = true;
         loop {
@@ -190,10 +257,10 @@ impl Supervisor {
         let ended = self.end()?;
         self.control.close();
         Event::Ended(Box::new(ended)).send(owner);
-        Ok(())
+        Ok(self.after)
     }
 
-    fn wait(&self, owner: Option<&UnixStream>) -> io::Result<Ready> {
+    fn wait(&self, owner: Option<&UnixStream>) -> io::Result<Todo> {
         let mut set = PollSet::default();
         let vmm = set.readable(self.vmm_pidfd.as_fd());
         let signal = set.readable(self.signals.as_fd());
@@ -203,7 +270,7 @@ impl Supervisor {
         let owner = owner.map(|fd| set.readable(fd.as_fd()));
         let polled = set.wait(None)?;
         let is_ready = |slot: Option<usize>| slot.is_some_and(|slot| polled.is_ready(slot));
-        Ok(Ready {
+        Ok(Todo {
             vmm: polled.is_ready(vmm),
             signal: polled.is_ready(signal),
             control: polled.is_ready(control),
@@ -231,6 +298,10 @@ impl Supervisor {
                     self.console = UnixStream::connect(state::CONSOLE_SOCKET).ok();
                 }
                 RELEASE => self.released = true,
+                ABANDON => {
+                    self.after = After::Nothing;
+                    self.tear_down();
+                }
                 _ => {}
             }
         }
@@ -280,7 +351,12 @@ impl Supervisor {
     }
 }
 
-struct Ready {
+fn signals() -> io::Result<SignalFd> {
+    SignalFd::new(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP])
+}
+
+/// What there is to do.
+struct Todo {
     vmm: bool,
     signal: bool,
     control: bool,
@@ -345,6 +421,11 @@ pub(crate) fn spawn(
         .stderr(Stdio::null())
         .spawn()?;
     Ok((child, ours))
+}
+
+/// Tells the supervisor to kill the VMM and leave the sandbox's directory as it is.
+pub(crate) fn abandon(supervisor: &mut UnixStream) -> io::Result<()> {
+    supervisor.write_all(&[ABANDON])
 }
 
 /// Asks the supervisor to follow the guest's console, which exists by now.

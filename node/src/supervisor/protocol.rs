@@ -12,6 +12,8 @@ use crate::ending::Ended;
 pub const ATTACH_CONSOLE: u8 = b'c';
 /// The owner's command: the guest runs on when the owner hangs up.
 pub const RELEASE: u8 = b'r';
+/// The owner's command: the VMM is killed, and the sandbox's directory stays for another one.
+pub const ABANDON: u8 = b'a';
 /// A line longer than this is not from a supervisor.
 const LINE_MAX: usize = 256 * 1024;
 

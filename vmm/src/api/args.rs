@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 
 use super::http::MAX_BODY;
-use crate::config::{ConfigError, Source, check_fd_name};
+use crate::config::{ConfigError, Source, check_fd_name, is_instance_id};
 use crate::log::Level;
 use crate::metrics::Registry;
 
@@ -305,8 +305,7 @@ impl Given {
             .values
             .remove("--id")
             .unwrap_or_else(|| "anonymous-instance".to_owned());
-        let good = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
-        if id.is_empty() || id.len() > 64 || !id.bytes().all(good) {
+        if !is_instance_id(&id) {
             return Err(ArgsError::BadValue {
                 flag: "--id",
                 what: format!("{id:?} is not 1 to 64 ASCII letters, digits and '-'"),

@@ -12,6 +12,7 @@ use super::{Action, Body, Fault, InstanceState, Request};
 use crate::config::{
     BalloonStatsUpdate, BalloonUpdate, Descriptors, DrivePatch, HintingStart, Logger, Metrics,
     Prepare, SnapshotCreate, SnapshotLoad, SnapshotReset, Source, VmConfig, WorkingSetRecord,
+    Workplace,
 };
 
 /// Where the microVM is in its life.
@@ -34,6 +35,8 @@ pub enum Effect {
     Answer(Body),
     /// Make VM, interrupt controllers and vCPUs, and map RAM if it is said which.
     Prepare(Prepare),
+    /// Work in another directory, under another id.
+    MoveTo(Workplace),
     /// Build and start the guest from [`Configurator::config`], which has a boot source.
     Start,
     Pause,
@@ -270,6 +273,17 @@ impl Configurator {
                 Ok(Effect::SetMetrics(metrics))
             }
             R::Prepare(prepare) => self.prepare(prepare),
+            R::PutWorkplace(workplace) => {
+                self.before_start("/workplace")?;
+                if let Some(what) = self.placed() {
+                    return Err(Fault::new(format!(
+                        "/workplace: {what} was configured before, and would mean another file now; \
+                         it comes first"
+                    )));
+                }
+                self.check_source("directory", Some(&workplace.directory))?;
+                Ok(Effect::MoveTo(workplace))
+            }
             R::Action(action) => self.action(action),
             R::Pause => {
                 self.after_start("PATCH /vm")?;
@@ -309,6 +323,11 @@ impl Configurator {
                 self.phase = Phase::Configuring {
                     prepared: Some(prepare.vcpu_count),
                 };
+            }
+            Effect::MoveTo(workplace) => {
+                if let Some(name) = workplace.directory.fd_name() {
+                    self.descriptors.remove(name);
+                }
             }
             Effect::Start => {
                 self.phase = Phase::Running;

@@ -19,7 +19,7 @@ pub enum InstanceState {
 /// [`Published::set_state`] after it has carried something out; locks are held for a copy only.
 #[derive(Debug)]
 pub struct Published {
-    id: String,
+    id: Mutex<String>,
     inner: Mutex<(InstanceState, VmConfig)>,
 }
 
@@ -27,13 +27,20 @@ impl Published {
     /// `id` is `--id`.
     pub fn new(id: String) -> Self {
         Self {
-            id,
+            id: Mutex::new(id),
             inner: Mutex::new((InstanceState::NotStarted, VmConfig::default())),
         }
     }
 
-    pub fn id(&self) -> &str {
-        &self.id
+    pub fn id(&self) -> String {
+        let id = self.id.lock().unwrap_or_else(PoisonError::into_inner);
+        id.clone()
+    }
+
+    /// From `/workplace`.
+    pub fn set_id(&self, id: &str) {
+        let mut now = self.id.lock().unwrap_or_else(PoisonError::into_inner);
+        id.clone_into(&mut now);
     }
 
     pub fn set_state(&self, state: InstanceState) {

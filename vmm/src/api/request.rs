@@ -2,7 +2,7 @@
 use crate::config::{
     Balloon, BalloonStatsUpdate, BalloonUpdate, BootSource, Console, Drive, DrivePatch, Entropy,
     HintingStart, Logger, MachineConfig, MachinePatch, Metrics, Prepare, Serial, SnapshotCreate,
-    SnapshotLoad, SnapshotReset, Vsock, WorkingSetRecord,
+    SnapshotLoad, SnapshotReset, Vsock, WorkingSetRecord, Workplace,
 };
 
 /// A call that was understood: its documents are valid each by itself. Whether it fits the
@@ -33,6 +33,7 @@ pub enum Request {
     PutLogger(Logger),
     PutMetrics(Metrics),
     Prepare(Prepare),
+    PutWorkplace(Workplace),
     Action(Action),
     /// `PATCH /vm {"state": "Paused"}`
     Pause,

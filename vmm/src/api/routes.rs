@@ -45,6 +45,7 @@ pub fn route(method: Method, path: &str, body: &[u8]) -> Result<Request, Fault> 
         (Method::Put, "logger", None, None) => json(body).map(R::PutLogger),
         (Method::Put, "metrics", None, None) => json(body).map(R::PutMetrics),
         (Method::Put, "prepare", None, None) => json(body).map(R::Prepare),
+        (Method::Put, "workplace", None, None) => json(body).map(R::PutWorkplace),
         (Method::Put, "actions", None, None) => action(body),
         (Method::Put, "snapshot", Some("create"), None) => json(body).map(R::CreateSnapshot),
         (Method::Put, "snapshot", Some("load"), None) => json(body).map(R::LoadSnapshot),

@@ -405,7 +405,7 @@ impl Server {
         Some(match request {
             Request::GetInstanceInfo => Body::json(&Info {
                 app_name: "Bell Jar",
-                id: self.published.id(),
+                id: &self.published.id(),
                 state: self.published.state(),
                 vmm_version: version,
             }),

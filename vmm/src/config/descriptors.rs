@@ -23,6 +23,8 @@ pub enum Expect {
     /// An empty regular file that is written from its start; only as a descriptor, for a path
     /// that names one might be somebody's file (see `backend::aside`).
     EmptyFile,
+    /// A directory to work in.
+    Directory,
 }
 
 /// A source could not be opened; the message names the field and the path.
@@ -157,6 +159,7 @@ impl Expect {
     fn flags(self) -> OFlags {
         match self {
             Self::ReadFile | Self::ReadDisk => OFlags::RDONLY,
+            Self::Directory => OFlags::RDONLY | OFlags::DIRECTORY,
             Self::WriteDisk | Self::EmptyFile => OFlags::RDWR,
             // Read-write, so that a FIFO without a reader can be opened and does not raise
             // SIGPIPE when its reader leaves.
@@ -169,6 +172,7 @@ impl Expect {
             Self::ReadFile | Self::ReadDisk => "read it",
             Self::WriteDisk | Self::EmptyFile => "read and write it",
             Self::Output => "append to it",
+            Self::Directory => "work in it",
         }
     }
 
@@ -187,6 +191,7 @@ impl Expect {
                 matches!(kind, FileType::RegularFile | FileType::BlockDevice)
             }
             Self::Output => kind != FileType::Directory,
+            Self::Directory => kind == FileType::Directory,
         };
         if good {
             return Ok(());
@@ -201,6 +206,7 @@ impl Expect {
                 FileType::CharacterDevice => "a character device",
                 FileType::BlockDevice => "a block device",
                 FileType::Symlink => "a symbolic link",
+                FileType::RegularFile if self == Self::Directory => "a regular file",
                 FileType::RegularFile => "a file that is not empty",
                 _ => "something else",
             },
@@ -209,6 +215,7 @@ impl Expect {
                 Self::ReadDisk | Self::WriteDisk => "a regular file or a block device",
                 Self::Output => "a file or a FIFO",
                 Self::EmptyFile => "an empty regular file",
+                Self::Directory => "a directory",
             },
         })
     }

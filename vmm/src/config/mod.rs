@@ -41,7 +41,8 @@ pub use snapshot::{
 };
 pub use source::Source;
 pub(crate) use source::check_fd_name;
-pub use vm::{Entropy, Prepare, PreparedMemory, VmConfig};
+pub(crate) use vm::is_instance_id;
+pub use vm::{Entropy, Prepare, PreparedMemory, VmConfig, Workplace};
 pub use vsock::Vsock;
 
 use serde::de::{DeserializeOwned, IgnoredAny};

@@ -76,6 +76,43 @@ impl TryFrom<RawPrepare> for Prepare {
     }
 }
 
+/// `PUT /workplace` (ours): where a VMM that was started ahead works from now on, and for whom.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "RawWorkplace")]
+pub struct Workplace {
+    /// The directory that relative paths begin in.
+    pub directory: Source,
+    /// Takes the place of `--id`.
+    pub id: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawWorkplace {
+    directory: Source,
+    id: String,
+}
+
+impl TryFrom<RawWorkplace> for Workplace {
+    type Error = ConfigError;
+    fn try_from(raw: RawWorkplace) -> Result<Self, ConfigError> {
+        let RawWorkplace { directory, id } = raw;
+        if !is_instance_id(&id) {
+            return Err(ConfigError::new(
+                "id",
+                format_args!("{id:?} is not 1 to 64 ASCII letters, digits and '-'"),
+            ));
+        }
+        Ok(Self { directory, id })
+    }
+}
+
+/// Whether a microVM can be called so.
+pub(crate) fn is_instance_id(id: &str) -> bool {
+    let good = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
+    !id.is_empty() && id.len() <= 64 && id.bytes().all(good)
+}
+
 /// Everything that is configured. Parsed from a file it is the same as the calls one by one:
 /// [`crate::api::Configurator::load`] checks what concerns several documents at once.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

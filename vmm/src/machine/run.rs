@@ -25,7 +25,7 @@ use crate::backend::inherited;
 use crate::backend::unix::SocketFile;
 use crate::config::{
     Expect, Logger, SnapshotCreate, SnapshotLoad, SnapshotReset, SnapshotType, Source, VmConfig,
-    WorkingSetRecord,
+    WorkingSetRecord, Workplace,
 };
 use crate::legacy::MachineEvent;
 use crate::memory::handled::Faults;
@@ -527,6 +527,25 @@ impl Machine {
         ready::touch_own_pages();
     }
 
+    /// Works in another directory from now on, all threads of it. The API's socket may have been moved there, too: it
+    /// is removed at the end if it is the same one.
+    fn move_to(&self, workplace: &Workplace) -> Result<(), Fault> {
+        let descriptors = self.configurator.descriptors();
+        let directory = descriptors
+            .open("directory", &workplace.directory, Expect::Directory)
+            .map_err(Fault::from_error)?;
+        rustix::process::fchdir(&directory).map_err(|errno| {
+            let directory = &workplace.directory;
+            Fault::new(format!("directory: cannot work in {directory}: {errno}"))
+        })?;
+        log::configure(log::Changes {
+            id: Some(workplace.id.clone()),
+            ..log::Changes::default()
+        });
+        self.published.set_id(&workplace.id);
+        Ok(())
+    }
+
     /// Does what a call means; nothing has changed if it fails.
     fn carry_out(&mut self, effect: &Effect) -> Result<Body, Fault> {
         match effect {
@@ -540,6 +559,7 @@ impl Machine {
                 ready::touch_own_pages();
                 self.prepared = Some(prepared);
             }
+            Effect::MoveTo(workplace) => self.move_to(workplace)?,
             Effect::Start => self.start()?,
             Effect::Pause => self.pause()?,
             Effect::Resume => drop(self.resume()),

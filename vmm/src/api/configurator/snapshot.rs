@@ -80,6 +80,16 @@ impl Configurator {
         Ok(Effect::LoadSnapshot(load))
     }
 
+    /// What was set that has to do with files, so that it depends on where this process works.
+    pub(super) fn placed(&self) -> Option<&'static str> {
+        let own = [
+            ("/console", self.config.console.is_some()),
+            ("/serial", self.config.serial.is_some()),
+        ];
+        let own = own.into_iter().find(|(_, set)| *set).map(|(what, _)| what);
+        own.or_else(|| self.configured())
+    }
+
     /// What was set that a snapshot brings along.
     fn configured(&self) -> Option<&'static str> {
         let config = &self.config;

@@ -154,6 +154,32 @@ fn path_and_body_name_the_same_drive() {
 }
 
 #[test]
+fn where_to_work_is_said_before_anything_with_a_file() {
+    let mut c = Configurator::default();
+    let body = r#"{"directory": "/box", "id": "0badcafe"}"#;
+    put(&mut c, "/prepare", r#"{"vcpu_count":2}"#).unwrap();
+    let Ok(Effect::MoveTo(workplace)) = put(&mut c, "/workplace", body) else {
+        panic!("refused");
+    };
+    assert_eq!(workplace.id, "0badcafe");
+    for (bad, why) in [
+        (r#"{"directory": "/box", "id": "a b"}"#, "id"),
+        (r#"{"directory": "fd:box", "id": "a"}"#, "Belljar-Fds"),
+        (r#"{"id": "a"}"#, "directory"),
+    ] {
+        assert_refused(put(&mut c, "/workplace", bad), why);
+    }
+    put(&mut c, "/console", r#"{"socket_path": "c.sock"}"#).unwrap();
+    assert_refused(put(&mut c, "/workplace", body), "/console was configured");
+    let mut c = Configurator::default();
+    put(&mut c, "/boot-source", BOOT).unwrap();
+    assert_refused(put(&mut c, "/workplace", body), "/boot-source was");
+    assert_eq!(action(&mut c, "InstanceStart"), Ok(Effect::Start));
+    c.done(&Effect::Start);
+    assert_refused(put(&mut c, "/workplace", body), "after starting");
+}
+
+#[test]
 fn prepared_vcpus_bind_the_machine_configuration() {
     let mut c = Configurator::default();
     put(&mut c, "/boot-source", BOOT).unwrap();
