@@ -12,7 +12,7 @@ mod mini_guest;
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -415,7 +415,7 @@ impl Root {
     }
 
     /// Stores what [`saved`] made.
-    fn keep(&self, client: &mut Client) {
+    fn keep(&self, client: &mut Client) -> String {
         let begin = v1::Begin {
             memory_bytes: MIB << 20,
             ..v1::Begin::default()
@@ -434,10 +434,13 @@ impl Root {
             ..v1::Keep::default()
         };
         client.call(Call::Keep(keep), &[], |_| {}).unwrap();
-        client.answer(|_| {}).unwrap();
+        match client.answer(|_| {}).unwrap() {
+            (Answer::Kept(kept), _) => kept.id,
+            other => panic!("{other:?}"),
+        }
     }
 
-    fn open(&self, client: &mut Client) -> (bool, Vec<OwnedFd>) {
+    fn open(&self, client: &mut Client) -> (v1::Opened, Vec<OwnedFd>) {
         let path = |path: PathBuf| fs::canonicalize(path).unwrap().to_str().unwrap().to_owned();
         let open = v1::Open {
             snapshot: "one".to_owned(),
@@ -451,16 +454,16 @@ impl Root {
         else {
             panic!("not opened")
         };
-        (opened.ready, files)
+        (opened, files)
     }
 
     /// A restore that gets a VMM that waits, as soon as there is one.
     fn open_ready(&self, client: &mut Client) -> Vec<OwnedFd> {
         let mut files = Vec::new();
         eventually("a ready VMM", || {
-            let (ready, got) = self.open(client);
+            let (opened, got) = self.open(client);
             files = got;
-            ready
+            opened.ready
         });
         files
     }
@@ -483,19 +486,18 @@ fn the_keeper_has_some_ready_for_what_was_restored_last_and_none_outlives_it() {
     let dir = root.dir.path();
     saved(dir);
     let mut client = root.keeper.connect().unwrap();
-    root.keep(&mut client);
+    let id = root.keep(&mut client);
     assert_eq!(usage(&mut client).ready_vmms, 0, "nothing was restored yet");
-    let (ready, _) = root.open(&mut client);
-    assert!(!ready);
+    let (opened, _) = root.open(&mut client);
+    assert!(!opened.ready);
     eventually("two of them", || usage(&mut client).ready_vmms == 2);
     assert!(usage(&mut client).ready_bytes > 0);
 
     // One is taken, and killing the others in between harms nobody.
     let mut files = root.open_ready(&mut client).into_iter();
-    let (Some(_state), Some(ram), Some(socket)) = (files.next(), files.next(), files.next()) else {
+    let (Some(state), Some(ram), Some(socket)) = (files.next(), files.next(), files.next()) else {
         panic!("descriptors are missing");
     };
-    drop(ram);
     let (path, lock) = sandbox(dir);
     let mut connection = Connection::new(UnixStream::from(socket));
     give(&mut connection, &path, &path, &lock);
@@ -504,35 +506,65 @@ fn the_keeper_has_some_ready_for_what_was_restored_last_and_none_outlives_it() {
     let socket = path.join("api.sock");
     let before = working_in(&root.ready_dir());
     before.into_iter().for_each(kill);
-    // What was stored is what it waits for: the template has another place than the file that was saved.
-    let template = fs::read_dir(root.keeper.dir.join("templates"))
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .find(|path| path.extension().is_some_and(|end| end == "memory"));
-    assert!(template.is_some());
-    let other = format!(
-        r#"{{"snapshot_path": {:?}, "mem_file_path": {:?}}}"#,
-        dir.join("state"),
-        dir.join("ram")
-    );
+    // It waits for the memory that was handed out, and for nothing else.
+    let by_path = |file: &OwnedFd| {
+        let me = std::process::id();
+        format!("/proc/{me}/fd/{}", file.as_raw_fd())
+    };
+    let load = |ram: &str| {
+        let state = by_path(&state);
+        format!(r#"{{"snapshot_path": "{state}", "mem_file_path": "{ram}", "resume_vm": true}}"#)
+    };
+    put(&socket, "/serial", r#"{"serial_out_path": "out"}"#);
+    let other = load(dir.join("ram").to_str().unwrap());
     let (status, why) = call(&socket, "PUT", "/snapshot/load", &other);
     assert_eq!(status, 400);
     assert!(why.contains("prepared with another memory file"), "{why}");
+    put(&socket, "/snapshot/load", &load(&by_path(&ram)));
+    grows(&path.join("out"), 800);
 
-    // A program that was replaced is not used; nor is what is removed kept.
-    eventually("two of them", || usage(&mut client).ready_vmms == 2);
-    let remove = v1::Remove {
-        snapshot: "one".to_owned(),
-        live: Vec::new(),
+    // What its guest wrote is known to the next, and to those that wait for it.
+    let set = dir.join("set");
+    put(
+        &socket,
+        "/snapshot/working-set",
+        &format!(r#"{{"path": {set:?}}}"#),
+    );
+    let record = |client: &mut Client, file: &Path| {
+        let file = File::open(file).unwrap();
+        let record = v1::Record {
+            snapshot: "one".to_owned(),
+        };
+        client.call(Call::Record(record), &[file.as_fd()], |_| {})
     };
+    assert!(record(&mut client, &dir.join("kernel")).is_err());
+    let (opened, _) = root.open(&mut client);
+    assert!(opened.wants_working_set && !opened.has_working_set);
+    record(&mut client, &set).unwrap();
+    let (opened, files) = root.open(&mut client);
+    assert!(!opened.wants_working_set && opened.has_working_set);
+    let mut told = Vec::new();
+    let mut file = File::from(files.into_iter().nth(2).unwrap());
+    file.read_to_end(&mut told).unwrap();
+    assert!(told == fs::read(&set).unwrap());
+    assert_eq!(root.open_ready(&mut client).len(), 5);
+    eventually("two of them", || usage(&mut client).ready_vmms == 2);
+
+    // Of what is removed none waits.
     let untag = v1::Mark {
         snapshot: "one".to_owned(),
         remove_tags: vec!["one".to_owned()],
-        add_tags: vec!["two".to_owned()],
         ..v1::Mark::default()
     };
+    let remove = v1::Remove {
+        snapshot: id,
+        live: Vec::new(),
+    };
     client.call(Call::Mark(untag), &[], |_| {}).unwrap();
-    let _ = remove;
+    client.call(Call::Remove(remove), &[], |_| {}).unwrap();
+    assert_eq!(usage(&mut client).ready_vmms, 0);
+    let recordings = fs::read_dir(root.keeper.dir.join("recordings")).unwrap();
+    assert_eq!(recordings.count(), 0);
     drop(client);
     // It leaves, with all that wait; who has one keeps it.
     eventually("the keeper to leave with them", || {

@@ -41,6 +41,7 @@ pub(super) fn answer(
     let plain = |answer| Ok((answer, Vec::new()));
     match call {
         Call::Open(open) => self::open(shared, &open),
+        Call::Record(record) => self::record(shared, &record, descriptors),
         Call::List(_) => list(shared, meanwhile),
         Call::Describe(call) => {
             let reader = read(shared, &call.snapshot)?;
@@ -72,11 +73,25 @@ pub(super) fn answer(
     }
 }
 
+fn record(shared: &Shared, call: &v1::Record, descriptors: Vec<OwnedFd>) -> Answered {
+    let id = find(shared, &call.snapshot)?;
+    let file = descriptors.into_iter().next().map(File::from);
+    // Whatever it is read from, nobody is made to wait.
+    let file = file.filter(|file| file.metadata().is_ok_and(|is| is.is_file()));
+    let mut file = file.ok_or_else(|| refusal(Code::Invalid, "a file belongs to this call"))?;
+    let kept = file
+        .rewind()
+        .and_then(|()| shared.recordings.keep(id, &file));
+    kept.map_err(io_error("keep a recording"))?;
+    Ok((Answer::Done(v1::Done {}), Vec::new()))
+}
+
 /// Removes what is kept beside the store of a snapshot.
 fn forget(shared: &Shared, id: SnapshotId) {
     shared.templates.remove(id);
     shared.hot.remove(id);
     shared.ready.forget(id);
+    shared.recordings.remove(id);
     touched::remove(&shared.touched, id);
 }
 
@@ -167,9 +182,11 @@ fn open(shared: &Arc<Shared>, call: &v1::Open) -> Answered {
         hot: true,
         lazy: false,
         ready: false,
+        has_working_set: false,
+        wants_working_set: false,
     };
     let mut descriptors = Vec::new();
-    let (mut handler, mut ready) = (None, None);
+    let (mut handler, mut set, mut ready) = (None, None, None);
     if opened.has_memory {
         descriptors.push(state(&reader)?);
         let here = memory_now(shared, &reader)?;
@@ -186,10 +203,16 @@ fn open(shared: &Arc<Shared>, call: &v1::Open) -> Answered {
         };
         opened.hot = was_there;
         opened.lazy = handler.is_some();
+        if !opened.lazy {
+            set = shared.recordings.get(id);
+            opened.has_working_set = set.is_some();
+            opened.wants_working_set = set.is_none();
+        }
         if let Some(programs) = &call.programs {
             let complete = (!opened.lazy).then_some(&memory);
             let vcpus = manifest.requirements.vcpus;
-            ready = shared.ready.restoring(id, vcpus, programs, complete);
+            let needs = complete.map(|memory| (memory, set.as_ref()));
+            ready = shared.ready.restoring(id, vcpus, programs, needs);
         }
         descriptors.push(memory.into());
     }
@@ -199,6 +222,7 @@ fn open(shared: &Arc<Shared>, call: &v1::Open) -> Answered {
         descriptors.push(disk.into());
     }
     descriptors.extend(handler.map(|(_, socket)| socket));
+    descriptors.extend(set.map(OwnedFd::from));
     opened.ready = ready.is_some();
     descriptors.extend(ready.into_iter().flat_map(|(socket, pid)| [socket, pid]));
     if !opened.hot {
@@ -372,8 +396,7 @@ pub(super) fn settle(shared: &Shared, id: SnapshotId) {
     shared.templates.settle(id);
     let found = shared.store.find(&id.to_string());
     if matches!(found, Err(belljar_store::Error::NoSnapshot(_))) {
-        shared.templates.remove(id);
-        touched::remove(&shared.touched, id);
+        forget(shared, id);
     }
 }
 

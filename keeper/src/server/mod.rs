@@ -10,6 +10,7 @@ mod lazy;
 mod log;
 mod names;
 mod ready;
+mod recordings;
 mod regions;
 mod rescue;
 mod session;
@@ -67,6 +68,7 @@ pub(crate) struct Shared {
     pub(crate) hot: hot::Hot,
     pub(crate) captures: capture::Captures,
     pub(crate) digests: digests::Digests,
+    pub(crate) recordings: recordings::Recordings,
     /// VMMs that wait for the next restore.
     pub(crate) ready: ready::ReadyVmms,
     /// Memory that is being filled while guests run.
@@ -196,12 +198,15 @@ fn serve(surroundings: Arc<dyn Surroundings>) -> Result<(), ServerError> {
     let templates = templates::Templates::open(Path::new("templates"), budget, near)
         .map_err(failed("use the folder of templates"))?;
     std::fs::create_dir_all("touched").map_err(failed("use the folder of hints"))?;
+    let recordings = recordings::Recordings::open(Path::new("recordings"))
+        .map_err(failed("use the folder of recordings"))?;
     let shared = Arc::new(Shared {
         store,
         templates,
         hot: hot::Hot::new(number(HOT_VARIABLE)),
         captures: capture::Captures::default(),
         digests: digests::Digests::load(Path::new("digests")),
+        recordings,
         ready: ready::ReadyVmms::new(number(READY_VARIABLE)),
         lazies: lazy::Lazies::default(),
         touched: PathBuf::from("touched"),

@@ -29,6 +29,8 @@ fn source() -> Source {
     disk.write_all_at(&[0x5a; 2 << 20], 0).unwrap();
     Source {
         handler: None,
+        working_set: None,
+        records: None,
         ready: Default::default(),
         saved: Saved::parse(record.as_bytes()).unwrap(),
         snapshot: None,

@@ -1,6 +1,7 @@
 //! A sandbox from a saved machine: a VMM that loads it, and an agent that takes over.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
@@ -21,6 +22,8 @@ use crate::state::{self, SandboxDir, StateError};
 use crate::supervisor::Ready;
 use crate::{disk, supervisor, vmm};
 
+/// A VMM has written down what its guest has written within this time.
+const RECORD_LIMIT: Duration = Duration::from_secs(2);
 /// Programs go on within this time after the agent has taken over.
 const THAW_LIMIT: Duration = Duration::from_secs(30);
 /// Bytes of randomness for each clone.
@@ -134,6 +137,24 @@ impl Sandbox {
         }
     }
 
+    /// Which pages its guest has written since it was loaded, as `/snapshot/load` takes it.
+    pub(crate) fn working_set(&self, limits: Limits<'_>) -> io::Result<File> {
+        let deadline = Instant::now() + limits.boot.min(RECORD_LIMIT);
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let file = File::from(rustix::fs::memfd_create("working set", flags)?);
+        let mut api = UnixStream::connect(
+            self.socket(state::API_SOCKET)
+                .map_err(io::Error::other)?
+                .path(),
+        )?;
+        let body = json!({"path": "fd:set"}).to_string();
+        let call = ("PUT", "/snapshot/working-set");
+        let files = [("set", file.as_fd())];
+        vmm::request_with(&mut api, call, body.as_bytes(), &files, deadline)
+            .map_err(io::Error::other)?;
+        Ok(file)
+    }
+
     fn note_loaded(&self, source: &Source) -> Result<(), BootError> {
         if let Some(snapshot) = &source.snapshot {
             let loaded = Loaded {
@@ -188,16 +209,22 @@ impl Machine<'_> {
                 "template_path": "fd:memory",
             }),
         };
-        let load = json!({
+        let mut load = json!({
             "snapshot_path": "fd:state",
             "mem_backend": backend,
             "resume_vm": true,
             "vsock_override": {"uds_path": state::VSOCK_SOCKET},
             "drive_overrides": drives,
             "only_overrides": true,
-        })
-        .to_string();
+        });
+        let set = source.working_set.as_ref().map(opened_anew);
+        let set = set.and_then(Result::ok);
+        if let (Some(_), Some(load)) = (&set, load.as_object_mut()) {
+            load.insert("working_set".to_owned(), json!("fd:set"));
+        }
+        let load = load.to_string();
         let mut descriptors = vec![("state", state.as_fd()), ("memory", memory.as_fd())];
+        descriptors.extend(set.iter().map(|file| ("set", file.as_fd())));
         descriptors.extend(source.handler.iter().map(|fd| ("handler", fd.as_fd())));
         descriptors.extend(
             files

@@ -65,6 +65,8 @@ pub fn fork(
         snapshot: None,
         machine: image.memory.map(|memory| (image.state, memory)),
         handler: None,
+        working_set: None,
+        records: None,
         ready: Mutex::default(),
         disk: image.disk,
         base_images: BTreeMap::new(),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Mutex;
 
@@ -12,6 +12,7 @@ use belljar_keeper::v1::{self as keeper, reply::Result as Answer, request::Call}
 use rustix::fs::Access;
 
 use super::SnapshotError;
+use super::error::io_failed;
 use super::saved::{IMAGE, INITRAMFS, KERNEL, Saved, base_files, drive_name};
 use crate::assets::Assets;
 use crate::cpu;
@@ -52,6 +53,10 @@ pub struct Source {
     pub machine: Option<(File, File)>,
     /// Memory comes while the guest runs: the socket of who brings it. For one guest.
     pub handler: Option<OwnedFd>,
+    /// Which pages an earlier guest wrote first.
+    pub(crate) working_set: Option<File>,
+    /// Who wants to know that of this guest.
+    pub(crate) records: Option<Keeper>,
     /// A VMM that waits for just this memory: for one guest.
     pub(crate) ready: Mutex<Option<Ready>>,
     pub disk: Option<Disk>,
@@ -116,12 +121,15 @@ impl Source {
         let disk = opened.has_disk.then(&mut next).transpose()?;
         let disk = disk.map(|disk| Disk::Image(disk.into()));
         let handler = opened.lazy.then(&mut next).transpose()?;
+        let working_set = opened.has_working_set.then(&mut next).transpose()?;
         let ready = match opened.ready {
             true => Some(Ready::new(next()?.into(), next()?)),
             false => None,
         };
         Ok(Self {
             handler,
+            working_set: working_set.map(File::from),
+            records: opened.wants_working_set.then(|| keeper.clone()),
             ready: Mutex::new(ready),
             saved,
             snapshot: Some(id_of(&description)),
@@ -374,10 +382,34 @@ pub fn restore(
         let _ = dir.remove();
     }
     let mut restored = restored?;
+    if let (Some(keeper), Some(snapshot)) = (&source.records, &source.snapshot) {
+        // The next one is only not as fast.
+        let _ = record(keeper, snapshot, &restored, host.limits);
+    }
     if spec.life == Life::Persistent {
         restored.keep(&spec)?;
     }
     Ok(restored)
+}
+
+/// Tells the keeper which pages the guest has written by now.
+fn record(
+    keeper: &Keeper,
+    snapshot: &str,
+    restored: &Sandbox,
+    limits: Limits<'_>,
+) -> Result<(), SnapshotError> {
+    let file = restored
+        .working_set(limits)
+        .map_err(io_failed("record what the guest has written"))?;
+    let record = Call::Record(keeper::Record {
+        snapshot: snapshot.to_owned(),
+    });
+    keeper
+        .connect()?
+        .call(record, &[file.as_fd()], |_| {})
+        .map(drop)
+        .map_err(SnapshotError::from)
 }
 
 /// Starts a sandbox whose directory holds what it needs; `stays`: its disk outlives the guest.

@@ -143,6 +143,8 @@ impl User {
             .env("BELLJAR_BOOT_TIMEOUT", "150s")
             // A keeper that nobody needs leaves soon.
             .env("BELLJAR_KEEPER_IDLE_MS", "1000")
+            // Nor are VMMs made that nobody asked for, unless a story is about them.
+            .env("BELLJAR_READY_VMMS", "0")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
@@ -207,6 +209,18 @@ impl User {
             }
         }
         found
+    }
+
+    /// VMMs that wait for the next restore.
+    #[must_use]
+    pub fn ready_vmms(&self) -> Vec<i32> {
+        let place = self.state().join("keeper/ready");
+        let waits = |pid: &i32| {
+            fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd.starts_with(&place))
+        };
+        let mut all = self.processes("belljar-vmm");
+        all.retain(waits);
+        all
     }
 
     /// Directories of sandboxes.

@@ -9,7 +9,7 @@ mod pool;
 
 use std::fs::{DirBuilder, File, Metadata};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -70,6 +70,8 @@ struct Target {
 pub(super) struct Fit {
     target: Target,
     memory: FileState,
+    /// What is brought in then.
+    set: Option<FileState>,
     supervisor: FileState,
     vmm: FileState,
 }
@@ -94,10 +96,15 @@ impl From<&Metadata> for FileState {
     }
 }
 
+/// Memory of a guest, and the recording of what it writes first, if there is one.
+type Needs<'a> = (&'a File, Option<&'a File>);
+
 impl Fit {
-    fn of(target: &Target, memory: &File) -> io::Result<Self> {
+    fn of(target: &Target, (memory, set): Needs<'_>) -> io::Result<Self> {
         let programs = &target.programs;
+        let set = set.map(|set| Ok::<_, io::Error>((&set.metadata()?).into()));
         Ok(Self {
+            set: set.transpose()?,
             memory: (&memory.metadata()?).into(),
             supervisor: (&std::fs::metadata(&programs.supervisor)?).into(),
             vmm: (&std::fs::metadata(&programs.vmm)?).into(),
@@ -157,7 +164,7 @@ impl ReadyVmms {
         id: SnapshotId,
         vcpus: u32,
         programs: &v1::Programs,
-        memory: Option<&File>,
+        needs: Option<Needs<'_>>,
     ) -> Option<(OwnedFd, OwnedFd)> {
         if locked(&self.pool).is_off() {
             return None;
@@ -167,7 +174,7 @@ impl ReadyVmms {
             vcpus,
             programs: programs.clone(),
         };
-        let fit = memory.and_then(|memory| Fit::of(&target, memory).ok());
+        let fit = needs.and_then(|needs| Fit::of(&target, needs).ok());
         *locked(&self.target) = Some(target);
         let fit = fit?;
         loop {
@@ -287,8 +294,8 @@ pub(super) fn look_after(shared: &Arc<Shared>) {
     ready.reap();
     let target = locked(&ready.target).clone();
     let fit = target.and_then(|target| {
-        let memory = current(shared, target.id)?;
-        Fit::of(&target, &memory).ok()
+        let (memory, set) = current(shared, target.id)?;
+        Fit::of(&target, (&memory, set.as_ref())).ok()
     });
     let now = Instant::now();
     let (gone, wanted) = {
@@ -320,21 +327,23 @@ pub(super) fn look_after(shared: &Arc<Shared>) {
     }
 }
 
-/// The memory that the next restore of a snapshot gets, if it is complete.
-fn current(shared: &Shared, id: SnapshotId) -> Option<File> {
+/// What the next restore of a snapshot gets, if its memory is complete.
+fn current(shared: &Shared, id: SnapshotId) -> Option<(File, Option<File>)> {
     let hot = shared.hot.peek(id);
-    hot.or_else(|| shared.templates.peek(id, Part::Memory))
+    let memory = hot.or_else(|| shared.templates.peek(id, Part::Memory))?;
+    Some((memory, shared.recordings.get(id)))
 }
 
 fn make(shared: &Shared, fit: &Fit) -> io::Result<Waiting> {
-    let memory = current(shared, fit.target.id).ok_or(io::ErrorKind::NotFound)?;
-    if FileState::from(&memory.metadata()?) != fit.memory {
-        return Err(io::Error::other("its memory is in another file now"));
+    let needs = current(shared, fit.target.id).ok_or(io::ErrorKind::NotFound)?;
+    let needs = (&needs.0, needs.1.as_ref());
+    if Fit::of(&fit.target, needs)? != *fit {
+        return Err(io::Error::other("its files are others now"));
     }
     enough_memory()?;
     let (ours, theirs) = UnixStream::pair()?;
     let (pid, supervisor) = start(&shared.ready, &fit.target.programs, theirs)?;
-    let prepared = prepare(ours, &memory, fit.target.vcpus);
+    let prepared = prepare(ours, needs, fit.target.vcpus);
     match prepared {
         Ok((socket, vmm)) => {
             shared.ready.set_limit(pid, None);
@@ -391,15 +400,21 @@ fn start(
 }
 
 /// Has a VMM prepared. The socket to its supervisor, and the VMM's pid.
-fn prepare(socket: UnixStream, memory: &File, vcpus: u32) -> io::Result<(UnixStream, u32)> {
+fn prepare(
+    socket: UnixStream,
+    (memory, set): Needs<'_>,
+    vcpus: u32,
+) -> io::Result<(UnixStream, u32)> {
     let mut connection = Connection::new(socket);
+    let files: Vec<BorrowedFd<'_>> = std::iter::once(memory)
+        .chain(set)
+        .map(AsFd::as_fd)
+        .collect();
     let order = v1::Order {
-        descriptors: 1,
+        descriptors: u32::try_from(files.len()).unwrap_or(0),
         order: Some(Order::Prepare(v1::Prepare { vcpus })),
     };
-    connection
-        .send(&order, &[memory.as_fd()])
-        .map_err(io::Error::other)?;
+    connection.send(&order, &files).map_err(io::Error::other)?;
     // It is killed if that takes too long.
     let answer: Option<v1::Waiting> = connection.receive().map_err(io::Error::other)?;
     match answer {

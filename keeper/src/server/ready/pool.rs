@@ -119,6 +119,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const NONE: [u32; 0] = [];
+
     fn fill(pool: &mut Pool<u8, u32>, now: Instant, next: &mut u32) {
         while pool.begin(now).is_some() {
             *next += 1;
@@ -130,7 +132,7 @@ mod tests {
     fn it_is_filled_behind_who_restores_and_gives_each_away_once() {
         let (mut pool, start) = (Pool::new(2), Instant::now());
         assert_eq!(pool.begin(start), None, "nothing is wanted");
-        assert_eq!(pool.want(Some(1), start), []);
+        assert_eq!(pool.want(Some(1), start), NONE);
         assert_eq!(pool.begin(start), None, "who restores goes first");
         let later = start + BEHIND;
         assert_eq!(pool.next(), Some(later));
@@ -151,15 +153,15 @@ mod tests {
     fn what_does_not_fit_any_more_is_given_up_also_while_it_is_made() {
         let (mut pool, start) = (Pool::new(2), Instant::now());
         let later = start + BEHIND;
-        assert_eq!(pool.want(Some(1), start), []);
+        assert_eq!(pool.want(Some(1), start), NONE);
         fill(&mut pool, later, &mut 0);
-        assert_eq!(pool.want(Some(1), later), [], "it is as before");
+        assert_eq!(pool.want(Some(1), later), NONE, "it is as before");
         assert_eq!(pool.check(|one| *one != 1), [1]);
         assert_eq!(pool.begin(later), Some(1));
         assert_eq!(pool.want(Some(2), later), [2]);
         assert_eq!(pool.made(Some(3), later), Some(3));
         assert_eq!(pool.begin(later + BEHIND), Some(2));
-        assert_eq!(pool.want(None, later), []);
+        assert_eq!(pool.want(None, later), NONE);
         assert_eq!(pool.made(Some(4), later), Some(4));
         assert_eq!(pool.next(), None);
     }
@@ -167,7 +169,7 @@ mod tests {
     #[test]
     fn one_that_cannot_be_made_is_tried_less_and_less() {
         let (mut pool, start) = (Pool::<u8, u32>::new(2), Instant::now());
-        assert_eq!(pool.want(Some(1), start), []);
+        assert_eq!(pool.want(Some(1), start), NONE);
         let mut now = start + BEHIND;
         let mut waits = Vec::new();
         for _ in 0..40 {
@@ -179,7 +181,7 @@ mod tests {
         }
         assert_eq!(waits[..3], [AGAIN, AGAIN * 2, AGAIN * 4]);
         assert_eq!(waits.last(), Some(&AGAIN_AT_MOST));
-        assert_eq!(pool.want(Some(2), now), []);
+        assert_eq!(pool.want(Some(2), now), NONE);
         assert_eq!(pool.begin(now + BEHIND), Some(2), "another one may work");
     }
 

@@ -159,6 +159,51 @@ fn a_snapshot_goes_on_elsewhere_as_somebody_else() {
     let names: Vec<_> = contents.iter().map(|image| image["name"].clone()).collect();
     assert_eq!(names, ["sandbox", "state", "memory", "disk:disk"]);
     assert_eq!(user.says(&["rm", "clone_1"]).code(), 0);
+    vmms_that_wait(&user, "ready");
+}
+
+/// VMMs that wait for the next restore shorten it, and are missed by nobody.
+fn vmms_that_wait(user: &User, snapshot: &str) {
+    user.processes("belljar-keeper").into_iter().for_each(kill);
+    let belljar = |words: &[&str]| {
+        let mut command = user.belljar(words);
+        command
+            .env("BELLJAR_READY_VMMS", "1")
+            // Its memory stays in one file, and the keeper where it is.
+            .env("BELLJAR_HOT_BYTES", "0")
+            .env("BELLJAR_KEEPER_IDLE_MS", "60000");
+        Running::start(&mut command).wait()
+    };
+    let restore = |name: &str| {
+        let said = belljar(&["restore", snapshot, "--name", name, "-v"]);
+        assert_eq!(said.code(), 0, "{}", said.err);
+        said
+    };
+    let one_waits = || {
+        eventually("a VMM to wait", || {
+            json(&belljar(&["store", "du", "-o", "json"]))["ready_vmms"] == 1
+        });
+    };
+    let first = restore("first");
+    assert!(!first.err.contains("ready VMM"), "{}", first.err);
+    one_waits();
+    restore("second").explains(&["ready VMM", "loaded", "thawed"]);
+    let seen = json(&user.says(&["inspect", "second"]));
+    assert!(seen.to_string().contains("ready VMM"), "{seen}");
+    assert_eq!(seen[0]["state"], "running", "{seen}");
+    // One that is killed in between is not noticed.
+    one_waits();
+    user.ready_vmms().into_iter().for_each(kill);
+    restore("third");
+    // With the keeper they go, and nothing else.
+    one_waits();
+    assert_eq!(user.ready_vmms().len(), 1);
+    user.processes("belljar-keeper").into_iter().for_each(kill);
+    eventually("none to wait", || user.ready_vmms().is_empty());
+    for name in ["first", "second", "third"] {
+        assert!(count(user, name) > 0);
+        assert_eq!(user.says(&["rm", "-f", name]).code(), 0);
+    }
 }
 
 #[test]
