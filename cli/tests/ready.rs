@@ -372,16 +372,26 @@ fn one_that_is_hung_up_on_killed_or_given_the_wrong_place_leaves_nothing() {
     }
     fs::remove_file(path.join("api.sock")).unwrap();
 
-    // Given up by who has it: the directory stays, and is free for another one.
-    let mut waits = Waits::start(dir);
-    give(&mut waits.connection, &path, &path, &lock);
-    let mut stream = waits.connection.into_stream();
-    assert!(said(&mut stream).contains("started"));
-    stream.write_all(b"a").unwrap();
-    stream.shutdown(std::net::Shutdown::Write).unwrap();
-    waits.child.wait().unwrap();
-    eventually("the VMM to be gone", || !is_alive(waits.vmm));
-    assert!(path.join("config.json").exists());
+    // Given up by who has it, also when the VMM has just ended: the directory stays, and is free for another one.
+    for has_ended in [false, true] {
+        let mut waits = Waits::start(dir);
+        give(&mut waits.connection, &path, &path, &lock);
+        let mut stream = waits.connection.into_stream();
+        assert!(said(&mut stream).contains("started"));
+        if has_ended {
+            kill(waits.vmm);
+            let ended = said(&mut stream);
+            assert!(ended.contains("ended"), "{ended}");
+        }
+        stream.write_all(b"a").unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        waits.child.wait().unwrap();
+        eventually("the VMM to be gone", || !is_alive(waits.vmm));
+        assert!(path.join("config.json").exists());
+        for left in ["api.sock", "control.sock"] {
+            let _ = fs::remove_file(path.join(left));
+        }
+    }
     drop(lock);
     assert!(!is_locked(&path));
 }

@@ -99,8 +99,9 @@ fn finish(dir: &SandboxDir, mut owner: UnixStream, outcome: io::Result<After>) -
         }
         .send(&mut owner);
     }
-    wait_for_hang_up(&mut owner);
-    if matches!(outcome, Ok(After::Nothing)) {
+    // It may give the sandbox up before it has heard that the VMM ended.
+    let given_up = wait_for_hang_up(&mut owner);
+    if given_up || matches!(outcome, Ok(After::Nothing)) {
         return 0;
     }
     // The lock is still held: it is the open file at descriptor 1.
@@ -110,10 +111,15 @@ fn finish(dir: &SandboxDir, mut owner: UnixStream, outcome: io::Result<After>) -
     u8::from(outcome.is_err() || !removed)
 }
 
-/// The owner reads what it needs from the directory and then hangs up.
-fn wait_for_hang_up(owner: &mut UnixStream) {
-    let mut ignored = [0u8; 64];
-    while owner.read(&mut ignored).is_ok_and(|count| count > 0) {}
+/// The owner reads what it needs from the directory and then hangs up. True if it wants to keep the directory.
+fn wait_for_hang_up(owner: &mut UnixStream) -> bool {
+    let mut given_up = false;
+    let mut commands = [0u8; 64];
+    while let Ok(count @ 1..) = owner.read(&mut commands) {
+        let commands = commands.get(..count).unwrap_or_default();
+        given_up |= commands.contains(&ABANDON);
+    }
+    given_up
 }
 
 /// A VMM that this process has started.

@@ -331,10 +331,12 @@ pub(super) fn look_after(shared: &Arc<Shared>) {
 fn current(shared: &Shared, id: SnapshotId) -> Option<(File, Option<File>)> {
     let hot = shared.hot.peek(id);
     let memory = hot.or_else(|| shared.templates.peek(id, Part::Memory))?;
-    Some((memory, shared.recordings.get(id)))
+    Some((memory, shared.recordings.peek(id)))
 }
 
 fn make(shared: &Shared, fit: &Fit) -> io::Result<Waiting> {
+    // One that is not good goes.
+    drop(shared.recordings.get(fit.target.id));
     let needs = current(shared, fit.target.id).ok_or(io::ErrorKind::NotFound)?;
     let needs = (&needs.0, needs.1.as_ref());
     if Fit::of(&fit.target, needs)? != *fit {
