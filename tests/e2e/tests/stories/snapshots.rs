@@ -384,6 +384,94 @@ fn a_paused_guest_a_disk_alone_and_a_drive_that_others_write() {
     said.explains(&["does not suffice"]);
     assert_eq!(listed(&user).len(), 2);
     assert_eq!(user.says(&["store", "verify"]).code(), 0);
+    assert_eq!(user.says(&["store", "budget", "none"]).code(), 0);
+    layers_become_fewer(&sandbox);
+    drop(sandbox);
+    a_disk_of_an_earlier_version_is_one_file(&user);
+}
+
+/// The names of its disk's layers.
+fn layers(sandbox: &Sandbox) -> Vec<String> {
+    let record = fs::read(sandbox.dir().join("disk.json")).unwrap();
+    let record: Value = serde_json::from_slice(&record).unwrap();
+    let names = record["layers"].as_array().unwrap().iter();
+    names
+        .map(|name| name.as_str().unwrap().to_owned())
+        .collect()
+}
+
+fn layers_become_fewer(sandbox: &Sandbox) {
+    let (mut most, mut least) = (0, usize::MAX);
+    for number in 0..7 {
+        let script = format!("echo {number} >/root/f{number}");
+        let said = sandbox.says("exec", &["--", "sh", "-c", &script]);
+        assert_eq!(said.code(), 0, "{}", said.err);
+        let said = sandbox.says("snapshot", &["--disk-only", "--tag", "layered"]);
+        assert_eq!(said.code(), 0, "{}", said.err);
+        let now = layers(sandbox).len();
+        (most, least) = (most.max(now), least.min(now));
+    }
+    assert!(most == 6 && least < most, "{least} to {most}");
+    // Their record cannot be replaced: no snapshot, and the guest goes on; then there is one again.
+    let obstacle = sandbox.dir().join("disk.json.new");
+    fs::create_dir(&obstacle).unwrap();
+    let said = sandbox.says("snapshot", &["--disk-only"]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["disk.json"]);
+    fs::remove_dir(&obstacle).unwrap();
+    let all = "cat /root/f0 /root/f3 /root/f6";
+    sandbox
+        .says("exec", &["--", "sh", "-c", all])
+        .is(0, "0\n3\n6\n");
+    let said = sandbox.says("snapshot", &["--disk-only"]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    let from = ["run", "--from", "layered", "--", "sh", "-c", all];
+    sandbox.user().says(&from).is(0, "0\n3\n6\n");
+}
+
+/// Disks had no layers once; theirs is a file of its own for as long as they are there.
+fn a_disk_of_an_earlier_version_is_one_file(user: &User) {
+    assert_eq!(user.says(&["create", "--name", "old"]).code(), 0);
+    let old = json(&user.says(&["inspect", "old"]))[0]["id"].clone();
+    let dir = user
+        .home()
+        .join("state/sandboxes")
+        .join(old.as_str().unwrap());
+    let record = fs::read(dir.join("disk.json")).unwrap();
+    let record: Value = serde_json::from_slice(&record).unwrap();
+    // Nothing was written yet: the disk is its base image.
+    let base = dir.join(record["base"].as_str().unwrap());
+    let mut copy = std::process::Command::new("cp");
+    copy.args(["--sparse=always", "--no-preserve=mode"]);
+    let copied = copy.arg(&base).arg(dir.join("disk")).status().unwrap();
+    assert!(copied.success());
+    for name in record["layers"].as_array().unwrap() {
+        fs::remove_file(dir.join(name.as_str().unwrap())).unwrap();
+    }
+    fs::remove_file(base).unwrap();
+    fs::remove_file(dir.join("disk.json")).unwrap();
+
+    assert_eq!(user.says(&["start", "old"]).code(), 0);
+    let said = user.says(&["exec", "old", "--", "sh", "-c", "echo old >/root/f"]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    let said = user.says(&["snapshot", "old", "--tag", "raw", "--wait"]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    let said = user.says(&["exec", "old", "--", "sh", "-c", "echo older >/root/f"]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    assert!(!dir.join("disk.json").exists());
+    let said = user.says(&["restore", "raw", "--name", "young"]);
+    assert_eq!(said.code(), 0, "{}", said.err);
+    user.says(&["exec", "young", "--", "cat", "/root/f"])
+        .is(0, "old\n");
+    user.says(&["exec", "old", "--", "cat", "/root/f"])
+        .is(0, "older\n");
+    // Whose disk is gone cannot be saved, nor started again.
+    assert_eq!(user.says(&["stop", "old"]).code(), 0);
+    fs::remove_file(dir.join("disk")).unwrap();
+    let said = user.says(&["start", "old"]);
+    assert_eq!(said.code(), 125);
+    said.explains(&["disk"]);
+    assert_eq!(user.says(&["rm", "-f", "old", "young"]).code(), 0);
 }
 
 /// A program whose memory and whose file on the disk say the same at any moment, or the moment before. It looks
