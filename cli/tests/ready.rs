@@ -243,7 +243,7 @@ impl Waits {
     }
 
     /// Its end, with that of all that belonged to it.
-    fn is_gone(mut self) {
+    fn leaves_nothing(mut self) {
         drop(self.connection);
         self.child.wait().unwrap();
         eventually("the VMM to be gone", || {
@@ -326,13 +326,13 @@ fn one_that_is_hung_up_on_killed_or_given_the_wrong_place_leaves_nothing() {
     let keep = tempfile::tempdir().unwrap();
     let dir = keep.path();
     saved(dir);
-    Waits::start(dir).is_gone();
+    Waits::start(dir).leaves_nothing();
 
     let mut waits = Waits::start(dir);
     kill(waits.vmm);
     let told: v1::Waiting = waits.connection.receive().unwrap().unwrap();
     assert!(told.failed.contains("ended early"), "{told:?}");
-    waits.is_gone();
+    waits.leaves_nothing();
 
     let waits = Waits::start(dir);
     kill(waits.child.id() as i32);
@@ -357,7 +357,7 @@ fn one_that_is_hung_up_on_killed_or_given_the_wrong_place_leaves_nothing() {
         give(&mut waits.connection, &path, given, &lock);
         let told: v1::Waiting = waits.connection.receive().unwrap().unwrap();
         assert_ne!(told.failed, "");
-        waits.is_gone();
+        waits.leaves_nothing();
         let mut names: Vec<_> = fs::read_dir(&path)
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())

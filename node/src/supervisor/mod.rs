@@ -72,9 +72,10 @@ pub fn main(mut arguments: impl Iterator<Item = OsString>) -> u8 {
         return 1;
     }
     stand_alone();
-    let outcome = Supervisor::start(dir.clone(), &program, arguments.collect())
+    let arguments: Vec<OsString> = arguments.collect();
+    let outcome = Supervisor::start(dir.clone(), &program, &arguments)
         .and_then(|supervisor| supervisor.watch(&mut owner));
-    finish(&dir, owner, outcome)
+    finish(&dir, owner, &outcome)
 }
 
 fn stand_alone() {
@@ -92,8 +93,8 @@ enum After {
     Nothing,
 }
 
-fn finish(dir: &SandboxDir, mut owner: UnixStream, outcome: io::Result<After>) -> u8 {
-    if let Err(error) = &outcome {
+fn finish(dir: &SandboxDir, mut owner: UnixStream, outcome: &io::Result<After>) -> u8 {
+    if let Err(error) = outcome {
         Event::Failed {
             message: error.to_string(),
         }
@@ -180,10 +181,10 @@ struct Supervisor {
 }
 
 impl Supervisor {
-    fn start(dir: SandboxDir, program: &OsString, arguments: Vec<OsString>) -> io::Result<Self> {
+    fn start(dir: SandboxDir, program: &OsString, arguments: &[OsString]) -> io::Result<Self> {
         let signals = signals()?;
         let control_socket = UnixListener::bind(state::CONTROL_SOCKET)?;
-        let vmm = Vmm::spawn(program, &arguments)?;
+        let vmm = Vmm::spawn(program, arguments)?;
         Self::own(dir, signals, control_socket, vmm)
     }
 

@@ -112,3 +112,78 @@ fn taken(
     socket.set_write_timeout(None)?;
     Ok((socket, events))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::StateRoot;
+    use rustix::process::{Pid, PidfdFlags, pidfd_open};
+    use std::io::Write;
+    use std::process::{Child, Command};
+
+    /// Somebody who is to be given a sandbox, and our end of the socket to give it.
+    fn somebody() -> (Child, Ready, UnixStream) {
+        let child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (child, Ready::new(ours, pidfd), theirs)
+    }
+
+    #[test]
+    fn one_that_does_not_take_it_is_ended_and_touches_nothing() {
+        let keep = tempfile::tempdir().unwrap();
+        let root = StateRoot::at(keep.path()).unwrap();
+        let (dir, lock) = root.create().unwrap();
+        let names = || std::fs::read_dir(dir.path()).unwrap().count();
+        let before = names();
+        type Does = fn(UnixStream) -> Option<UnixStream>;
+        let ways: [Does; 5] = [
+            |socket| Some(socket),
+            |socket| {
+                drop(socket);
+                None
+            },
+            |mut socket| {
+                socket.write_all(b"\x02\x10\x07what?\n").unwrap();
+                Some(socket)
+            },
+            |mut socket| {
+                socket
+                    .write_all(b"{\"failed\":{\"message\":\"no\"}}\n")
+                    .unwrap();
+                Some(socket)
+            },
+            // It started, and its VMM ended at once.
+            |mut socket| {
+                let two = [Event::Started { pid: 1 }, Event::Ended(Box::default())];
+                let lines = two.map(|event| serde_json::to_string(&event).unwrap() + "\n");
+                socket.write_all(lines.concat().as_bytes()).unwrap();
+                Some(socket)
+            },
+        ];
+        for does in ways {
+            let (mut child, ready, theirs) = somebody();
+            let _theirs = does(theirs);
+            assert!(ready.take(&dir, &lock).is_err());
+            // It was killed; who started it hears that.
+            assert!(!child.wait().unwrap().success());
+        }
+        assert_eq!(names(), before);
+    }
+
+    #[test]
+    fn one_that_takes_it_is_left_alone() {
+        let keep = tempfile::tempdir().unwrap();
+        let root = StateRoot::at(keep.path()).unwrap();
+        let (dir, lock) = root.create().unwrap();
+        let (mut child, ready, mut theirs) = somebody();
+        Event::Started { pid: 1 }.send(&mut theirs);
+        let (supervising, _, _) = ready.take(&dir, &lock).unwrap();
+        let mut connection = Connection::new(theirs);
+        let order: keeper::Order = connection.receive().unwrap().unwrap();
+        assert_eq!(connection.take(order.descriptors).unwrap().len(), 2);
+        assert!(!supervising.wait(Duration::ZERO));
+        supervising.end(Duration::ZERO);
+        assert!(!child.wait().unwrap().success());
+    }
+}

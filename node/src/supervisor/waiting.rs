@@ -56,7 +56,7 @@ pub(super) fn main(mut arguments: impl Iterator<Item = OsString>) -> u8 {
         Ok(Some((sandbox, supervisor))) => {
             let mut owner = owner.into_stream();
             let outcome = supervisor.watch(&mut owner);
-            finish(&sandbox, owner, outcome)
+            finish(&sandbox, owner, &outcome)
         }
         Ok(None) => 0,
         Err(error) => {

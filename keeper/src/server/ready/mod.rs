@@ -428,3 +428,79 @@ fn prepare(
         None => Err(io::Error::other("its supervisor ended")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_that_is_late_is_killed_and_its_directory_goes() {
+        let keep = tempfile::tempdir().unwrap();
+        let ready = ReadyVmms {
+            pool: Mutex::new(Pool::new(1)),
+            target: Mutex::default(),
+            children: Mutex::default(),
+            made: AtomicU64::new(0),
+        };
+        let start = |name: &str, end_by| {
+            let dir = keep.path().join(name);
+            std::fs::create_dir(&dir).unwrap();
+            let child = Command::new("sleep").arg("1000").spawn().unwrap();
+            let pid = child.id();
+            locked(&ready.children).push(Kid { child, dir, end_by });
+            pid
+        };
+        let (long, now) = (Duration::from_secs(1000), Instant::now());
+        start("late", Some(now));
+        let early = start("early", Some(now + long));
+        let waiting = start("waiting", None);
+        let all = || locked(&ready.children).len();
+        while all() == 3 {
+            assert!(ready.reap());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(!keep.path().join("late").exists());
+        assert!(keep.path().join("early").exists());
+        ready.set_limit(early, None);
+        assert!(!ready.reap(), "no other is to end");
+        for pid in [early, waiting] {
+            ready.set_limit(pid, Some(now));
+        }
+        while ready.reap() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(all(), 0);
+        assert_eq!(std::fs::read_dir(keep.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn another_file_or_program_does_not_fit() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, name).unwrap();
+            path.to_str().unwrap().to_owned()
+        };
+        let target = Target {
+            id: SnapshotId([1; 16]),
+            vcpus: 1,
+            programs: v1::Programs {
+                supervisor: path("supervisor"),
+                vmm: path("vmm"),
+            },
+        };
+        let memory = File::open(path("memory")).unwrap();
+        let set = File::open(path("set")).unwrap();
+        let fit = |set| Fit::of(&target, (&memory, set)).unwrap();
+        let first = fit(None);
+        assert_eq!(first, fit(None));
+        assert_ne!(first, fit(Some(&set)));
+        let other = File::open(path("other")).unwrap();
+        assert_ne!(first, Fit::of(&target, (&other, None)).unwrap());
+        // A program of the same name, in the place of the other one.
+        std::fs::rename(path("new"), &target.programs.vmm).unwrap();
+        assert_ne!(first, fit(None));
+        std::fs::remove_file(&target.programs.vmm).unwrap();
+        assert!(Fit::of(&target, (&memory, None)).is_err());
+    }
+}
