@@ -123,11 +123,9 @@ pub(super) fn look_ahead(guest: &Guest, create: &SnapshotCreate) -> Result<Befor
     let found = changes_of(&memory.changes)
         .look_ahead(&memory.ram, all)
         .map_err(|source| SaveError::Scan { source })?;
-    // Pages that somebody else brings in may be among what has become zero; nobody waits for them here.
-    let may_copy = !all && memory.faults.is_none();
     let size: u64 = slots(&memory.ram).iter().map(|slot| slot.len).sum();
     let wanted = found.changed().saturating_add(MORE);
-    let fits = may_copy && wanted <= COPIED.min(size / COPIED_PART);
+    let fits = !all && wanted <= COPIED.min(size / COPIED_PART);
     Ok(Beforehand {
         // Without memory for it a copy of the process does as well.
         room: fits.then(|| Room::of(wanted).ok()).flatten(),
@@ -222,7 +220,10 @@ impl Capture {
             saved,
             files,
             plan,
-            room: before.room,
+            // Pages that somebody else brings in may be among what has become zero; nobody waits for them here.
+            room: before
+                .room
+                .filter(|_| memory.faults.is_none() || taken.is_there()),
             phases: Phases {
                 state_us,
                 scan_us: us(started.elapsed()).saturating_sub(state_us),

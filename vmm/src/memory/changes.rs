@@ -21,6 +21,8 @@ pub struct Changes {
     has_base: bool,
     /// Offsets in the memory file that were taken for a snapshot that failed.
     pending: RangeSet,
+    /// Whether some of these were found to be zero, and not by looking at pages that are there.
+    pending_zeroed: bool,
     /// How often RAM became the template's again: what was taken before says nothing of what is there now.
     resets: u64,
     zeroed: Zeroed,
@@ -44,6 +46,8 @@ pub struct Taken {
     changed: Option<RangeSet>,
     /// Own pages now: all of them, and perhaps some that are no more. `None`: that was not looked at before.
     own: Option<RangeSet>,
+    /// Whether pages may be among what has changed that are not there.
+    zeroed: bool,
     /// [`Changes::resets`] then.
     resets: u64,
 }
@@ -52,6 +56,11 @@ impl Taken {
     /// `None`: it is not known, so everything that is the guest's own.
     pub fn ranges(&self) -> Option<&RangeSet> {
         self.changed.as_ref()
+    }
+
+    /// Whether all that has changed is there: reading it waits for nobody.
+    pub fn is_there(&self) -> bool {
+        !self.zeroed
     }
 
     /// Pages that may be the guest's own, as offsets in the memory file: none others are. `None`: look at all.
@@ -82,6 +91,7 @@ impl Changes {
             watch: Watch::NotYet,
             has_base: false,
             pending: RangeSet::default(),
+            pending_zeroed: false,
             resets: 0,
             zeroed,
         }
@@ -219,10 +229,12 @@ impl Changes {
             return Ok(Taken {
                 changed: None,
                 own: None,
+                zeroed: true,
                 resets,
             });
         };
         let mut changed = std::mem::take(&mut self.pending);
+        let zeroed = std::mem::take(&mut self.pending_zeroed) || !recent.is_empty();
         let mut base = 0;
         for slot in slots(ram) {
             // Again each time: what the balloon has mapped anew is not watched yet.
@@ -243,6 +255,7 @@ impl Changes {
         Ok(Taken {
             changed: self.has_base.then_some(changed),
             own,
+            zeroed,
             resets,
         })
     }
@@ -251,6 +264,7 @@ impl Changes {
     fn lose(&mut self) {
         self.has_base = false;
         self.pending = RangeSet::default();
+        self.pending_zeroed = false;
     }
 
     /// RAM is the template's again. A snapshot that is still being written is nothing to build on.
@@ -266,7 +280,10 @@ impl Changes {
         }
         match (taken.changed, worked) {
             (_, true) => self.has_base = matches!(self.watch, Watch::On { .. }),
-            (Some(ranges), false) => ranges.iter().for_each(|range| self.pending.insert(range)),
+            (Some(ranges), false) => {
+                ranges.iter().for_each(|range| self.pending.insert(range));
+                self.pending_zeroed |= taken.zeroed;
+            }
             // There is still nothing to build on.
             (None, false) => {}
         }
@@ -400,5 +417,12 @@ mod tests {
         assert_eq!(pages(&mut changes, &ram, true), Some(vec![(4, 5)]));
         balloon.discard(&ram, 0x4000..0x5000).unwrap();
         assert_eq!(pages(&mut changes, &ram, true), Some(vec![(4, 5)]));
+        // It is not there, and still is not when it could not be saved.
+        balloon.discard(&ram, 0x6000..0x7000).unwrap();
+        for (is_there, worked) in [(false, false), (false, true), (true, true)] {
+            let taken = changes.take(&ram, None).unwrap();
+            assert_eq!(taken.is_there(), is_there);
+            changes.finish(taken, worked);
+        }
     }
 }
