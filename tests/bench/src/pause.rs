@@ -14,10 +14,7 @@ const FORK: &str = "bench-fork";
 const TIMES: usize = 3;
 /// Before the snapshots of each kind, and so many of these.
 const BEFORE: [(&str, &str); 4] = [
-    (
-        "disk_100m",
-        "head -c 104857600 /dev/urandom >/root/x && sync",
-    ),
+    ("disk_32m", "head -c 33554432 /dev/urandom >/root/x && sync"),
     ("80m", "head -c 83886080 /dev/urandom >/dev/shm/x"),
     (
         "8m",
@@ -54,7 +51,7 @@ pub(crate) fn measure(programs: &Programs) -> Result<Vec<Samples>> {
         "--",
         "sh",
         "-c",
-        "head -c 104857600 /dev/urandom >/root/x",
+        "head -c 33554432 /dev/urandom >/root/x",
     ])?;
     add("full", &snapshot(&sandbox)?);
     for (what, script) in BEFORE {
