@@ -65,10 +65,12 @@ fn make(total: Option<u64>) -> ProgressBar {
     }
 }
 
-/// A line that tells at which step of a long work things are.
+/// A line that tells at which step of a long work things are; where standard error is no terminal, a new one for
+/// each tenth of the work.
 #[derive(Debug)]
 pub(crate) struct Steps {
     bar: Option<ProgressBar>,
+    told: Option<u64>,
 }
 
 impl Steps {
@@ -80,7 +82,7 @@ impl Steps {
                 Err(_) => bar,
             }
         });
-        Self { bar }
+        Self { bar, told: None }
     }
 
     pub(crate) fn tell(&mut self, done: u64, all: u64, what: &str) {
@@ -88,6 +90,12 @@ impl Steps {
             bar.set_length(all);
             bar.set_position(done);
             bar.set_message(what.to_owned());
+            return;
+        }
+        let tenth = done.saturating_mul(10).checked_div(all).unwrap_or(0);
+        if self.told != Some(tenth) {
+            self.told = Some(tenth);
+            crate::report::note(&format!("{done} of {all}: {what}"));
         }
     }
 

@@ -1,8 +1,11 @@
 //! As much HTTP as a VMM's API needs: one keep-alive connection, one call at a time.
 
-use std::io::{Read, Write};
+use std::io::{IoSlice, Read, Write};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use crate::failure::{Attempt, Failure, Result};
 
@@ -26,6 +29,35 @@ impl Client {
 
     pub fn get(&mut self, path: &str) -> Result<()> {
         self.send(&format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n"))?;
+        self.answer(path)
+    }
+
+    /// A call with descriptors, which the body names as `fd:NAME`; of our own VMM only.
+    pub fn put_with(
+        &mut self,
+        path: &str,
+        body: &serde_json::Value,
+        descriptors: &[(&str, BorrowedFd<'_>)],
+    ) -> Result<()> {
+        let names: Vec<&str> = descriptors.iter().map(|(name, _)| *name).collect();
+        let body = body.to_string();
+        let request = format!(
+            "PUT {path} HTTP/1.1\r\nHost: localhost\r\nBelljar-Fds: {}\r\nContent-Length: {}\r\n\r\n{body}",
+            names.join(", "),
+            body.len()
+        );
+        let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(|(_, fd)| *fd).collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !control.push(SendAncillaryMessage::ScmRights(&descriptors)) {
+            return Err(Failure("too many descriptors for a call".to_owned()));
+        }
+        let slices = [IoSlice::new(request.as_bytes())];
+        let sent = sendmsg(&self.stream, &slices, &mut control, SendFlags::NOSIGNAL)
+            .attempt("cannot send to the API")?;
+        self.stream
+            .write_all(request.as_bytes().get(sent..).unwrap_or_default())
+            .attempt("cannot send to the API")?;
         self.answer(path)
     }
 

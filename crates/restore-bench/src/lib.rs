@@ -8,6 +8,7 @@ pub mod cache;
 pub mod failure;
 pub mod host;
 pub mod http;
+pub mod lazy;
 pub mod page;
 pub mod record;
 pub mod run;

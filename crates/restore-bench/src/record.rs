@@ -6,7 +6,7 @@ use crate::settings::{Case, Way};
 use crate::stats::{Summary, summarise};
 
 /// Of the JSON lines; goes up when a field changes its meaning.
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 
 /// Microseconds. All but the first two begin with the call that restores.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -125,7 +125,7 @@ pub fn line(kind: &str, mut fields: Value) -> Value {
 
 fn setting(vmm: &str, way: Way, case: Case) -> Value {
     json!({
-        "vmm": vmm, "cache": way.cache.name(), "prepared": way.prepared, "recorded": way.recorded,
+        "vmm": vmm, "cache": way.cache.name(), "prepared": way.prepared.name(), "recorded": way.recorded,
         "memory_mib": case.memory_mib, "working_set_mib": case.working_set_mib, "clones": case.clones,
     })
 }
@@ -241,7 +241,7 @@ impl Series {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::settings::Cache;
+    use crate::settings::{Ahead, Cache};
 
     pub(crate) fn iteration(
         vmm: &str,
@@ -253,7 +253,7 @@ pub(crate) mod tests {
             vmm: vmm.to_owned(),
             way: Way {
                 cache: Cache::Hot,
-                prepared,
+                prepared: if prepared { Ahead::Vm } else { Ahead::Nothing },
                 recorded: false,
             },
             case: Case {
@@ -331,7 +331,7 @@ pub(crate) mod tests {
             [
                 ("belljar, hot".to_owned(), 2),
                 ("peer, hot".to_owned(), 1),
-                ("belljar, hot, prepared".to_owned(), 1),
+                ("belljar, hot, VM ahead".to_owned(), 1),
                 ("belljar, hot".to_owned(), 1)
             ]
         );

@@ -10,7 +10,7 @@ use crate::cache;
 use crate::failure::{Attempt, Failure, Result};
 use crate::host::{self, Load, Ticks};
 use crate::record::{Iteration, Memory, Series, Times, line};
-use crate::settings::{Cache, Case, Settings, Way};
+use crate::settings::{Ahead, Cache, Case, Settings, Way};
 use crate::subject::{Saved, Subject, initramfs};
 use crate::vmm::{SETTLING, Vmm};
 
@@ -217,6 +217,8 @@ impl Run<'_> {
                 let saved = subject
                     .save(memory_mib, self.work)
                     .map_err(|failure| Failure(format!("{}: {failure}", binary.name)))?;
+                let huge = json!({"vmm": binary.name, "memory_mib": memory_mib, "huge_share": saved.huge_share});
+                self.sink.line(&line("saved", huge))?;
                 ready.push(Ready { subject, saved });
             }
             let same = cases.iter().filter(|case| case.memory_mib == memory_mib);
@@ -246,7 +248,13 @@ impl Run<'_> {
         order.rotate_left(shift);
         for (each, way) in order {
             let name = &each.subject.binary.name;
-            let what = format!("{name}, {}, {} MiB", way.name(), case.memory_mib);
+            let what = format!(
+                "{name}, {}, RAM {} MiB, set {} MiB, {} at once",
+                way.name(),
+                case.memory_mib,
+                case.working_set_mib,
+                case.clones
+            );
             self.sink.progress(self.done, all, &what);
             let iterations = self
                 .together(each, way, case, round)
@@ -272,6 +280,11 @@ impl Run<'_> {
         // What the ends of the VMMs before left to the host's kernel is done by then.
         std::thread::sleep(SETTLING);
         self.cool(ready, way.cache)?;
+        // It goes when it is not needed.
+        let _keeper = match &saved.chunks {
+            Some(chunks) if way.cache == Cache::Lazy => Some(chunks.forget(way.recorded)?),
+            _ => None,
+        };
         // What lies on a tmpfs is in memory, and cannot be asked.
         let cached_share = if cache::is_memory(self.work)? {
             Some(1.0)
@@ -286,8 +299,9 @@ impl Run<'_> {
                 process_us: vmm.answered.as_secs_f64() * 1e6,
                 ..Times::default()
             };
-            if way.prepared {
-                times.prepare_us = Some(subject.prepare(&mut vmm)?);
+            if way.prepared != Ahead::Nothing {
+                let prepared = subject.prepare(&mut vmm, saved, way, case.working_set_mib)?;
+                times.prepare_us = Some(prepared);
             }
             clones.push((vmm, times));
         }
@@ -345,7 +359,7 @@ impl Run<'_> {
         let saved = &ready.saved;
         let files = [&saved.state, &saved.ram, &ready.subject.binary.path];
         let dropped = match cache {
-            Cache::Hot => return Ok(()),
+            Cache::Hot | Cache::Lazy => return Ok(()),
             Cache::Warm => files.get(..2).unwrap_or_default(),
             Cache::Cold => &files,
         };

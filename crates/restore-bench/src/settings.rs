@@ -33,6 +33,30 @@ pub enum Cache {
     Warm,
     /// Nothing is that root can have dropped.
     Cold,
+    /// It is there as chunks of a store alone, from which a keeper brings in what the guest touches. Of our own VMM only.
+    Lazy,
+}
+
+/// What a VMM has done before it is told to restore.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Ahead {
+    Nothing,
+    /// It has made its VM and vCPUs (`/prepare`).
+    Vm,
+    /// And it has mapped the snapshot's memory and copied the recorded pages, if there are.
+    Memory,
+}
+
+impl Ahead {
+    /// As it stands in JSON lines.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Nothing => "no",
+            Self::Vm => "vm",
+            Self::Memory => "memory",
+        }
+    }
 }
 
 impl Cache {
@@ -42,6 +66,7 @@ impl Cache {
             Self::Hot => "hot",
             Self::Warm => "warm",
             Self::Cold => "cold",
+            Self::Lazy => "lazy",
         }
     }
 }
@@ -50,22 +75,24 @@ impl Cache {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Way {
     pub cache: Cache,
-    /// The VMM has made its VM ahead (`/prepare`). Of our own VMM only.
-    pub prepared: bool,
+    /// Of our own VMM only.
+    pub prepared: Ahead,
     /// The pages that a recorded run touched are brought in at once. Of our own VMM only.
     pub recorded: bool,
 }
 
 impl Way {
-    /// `hot`, `hot, prepared`, …
+    /// `hot`, `hot, VM ahead`, …
     #[must_use]
     pub fn name(self) -> String {
         let mut name = self.cache.name().to_owned();
-        for (is, word) in [(self.prepared, "prepared"), (self.recorded, "recorded")] {
-            if is {
-                name.push_str(", ");
-                name.push_str(word);
-            }
+        name.push_str(match self.prepared {
+            Ahead::Nothing => "",
+            Ahead::Vm => ", VM ahead",
+            Ahead::Memory => ", VM and RAM ahead",
+        });
+        if self.recorded {
+            name.push_str(", recorded");
         }
         name
     }
@@ -92,6 +119,8 @@ pub struct Settings {
     pub initramfs: PathBuf,
     /// `belljar-bench-guest`.
     pub program: PathBuf,
+    /// `belljar-keeper`; for [`Cache::Lazy`].
+    pub keeper: PathBuf,
     /// Where inputs are copied, VMMs work and snapshots are.
     pub directory: PathBuf,
     pub guest: Guest,
@@ -102,8 +131,8 @@ pub struct Settings {
     pub working_set_mib: Vec<u64>,
     pub clones: Vec<u32>,
     pub caches: Vec<Cache>,
-    /// Without and with a prepared VM; at least one.
-    pub prepared: Vec<bool>,
+    /// At least one.
+    pub prepared: Vec<Ahead>,
     /// Also with a recorded working set.
     pub recorded: bool,
     /// How often each is measured.
@@ -130,7 +159,8 @@ impl Settings {
                 self.filled_mib
             )));
         }
-        let colder = self.caches.iter().find(|cache| **cache != Cache::Hot);
+        let on_disk = |cache: &&Cache| matches!(cache, Cache::Warm | Cache::Cold);
+        let colder = self.caches.iter().find(on_disk);
         if let Some(cache) = colder
             && crate::cache::is_memory(&self.directory)?
         {
@@ -202,14 +232,21 @@ impl Settings {
         for cache in &self.caches {
             let plain = Way {
                 cache: *cache,
-                prepared: false,
+                prepared: Ahead::Nothing,
                 recorded: false,
             };
+            let is_lazy = *cache == Cache::Lazy;
             if !ours {
-                ways.push(plain);
+                if !is_lazy {
+                    ways.push(plain);
+                }
                 continue;
             }
             for prepared in &self.prepared {
+                // There is no memory file that could be mapped ahead.
+                if is_lazy && *prepared == Ahead::Memory {
+                    continue;
+                }
                 let way = Way {
                     prepared: *prepared,
                     ..plain
@@ -240,6 +277,7 @@ pub(crate) mod tests {
             kernel: "kernel".into(),
             initramfs: "initramfs".into(),
             program: "program".into(),
+            keeper: "keeper".into(),
             directory: "/dev/shm".into(),
             guest: Guest::Agent,
             vcpus: 1,
@@ -248,7 +286,7 @@ pub(crate) mod tests {
             working_set_mib: vec![1],
             clones: vec![1],
             caches: vec![Cache::Hot],
-            prepared: vec![false],
+            prepared: vec![Ahead::Nothing],
             recorded: false,
             iterations: 3,
         }
@@ -260,7 +298,8 @@ pub(crate) mod tests {
             memory_mib: vec![256, 1024],
             working_set_mib: vec![1, 8],
             clones: vec![1, 100],
-            prepared: vec![false, true],
+            caches: vec![Cache::Hot, Cache::Lazy],
+            prepared: vec![Ahead::Nothing, Ahead::Memory],
             recorded: true,
             ..settings()
         };
@@ -280,8 +319,10 @@ pub(crate) mod tests {
             [
                 "hot",
                 "hot, recorded",
-                "hot, prepared",
-                "hot, prepared, recorded"
+                "hot, VM and RAM ahead",
+                "hot, VM and RAM ahead, recorded",
+                "lazy",
+                "lazy, recorded"
             ]
         );
         assert_eq!(settings.ways(false).len(), 1);

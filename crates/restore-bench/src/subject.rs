@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,8 +15,9 @@ use serde_json::{Value, json};
 
 use crate::archive::{Entry, pack};
 use crate::failure::{Attempt, Failure, Result};
+use crate::lazy::Chunks;
 use crate::record::{Memory, Times};
-use crate::settings::{Guest, Settings, Way};
+use crate::settings::{Ahead, Cache, Guest, Settings, Way};
 use crate::vmm::{Binary, Machine, PATIENCE, Vmm};
 use crate::wire::{self, Act, BOOT_PORT, Boot, PAGE, RAM_PORT, Ram, mix, word};
 
@@ -74,6 +76,10 @@ pub struct Saved {
     pub ram: PathBuf,
     /// Of working sets, by their size in MiB.
     recordings: Vec<(u64, PathBuf)>,
+    /// The same snapshot in a store, if guests are restored from there.
+    pub chunks: Option<Chunks>,
+    /// What of the memory file that is dense is in huge pages, 0 to 1.
+    pub huge_share: f64,
     /// Proofs that it gave before.
     counter: u64,
     /// Salt and length of what fills it.
@@ -96,7 +102,27 @@ impl Saved {
         for file in recordings.chain([&self.state, &self.ram]) {
             let _ = fs::remove_file(file);
         }
+        if let Some(chunks) = &self.chunks {
+            chunks.remove();
+        }
     }
+
+    fn recording(&self, way: Way, set_mib: u64) -> Option<&PathBuf> {
+        let of_set = |(mib, _): &&(u64, PathBuf)| way.recorded && *mib == set_mib;
+        self.recordings.iter().find(of_set).map(|(_, path)| path)
+    }
+}
+
+/// How much of a memory file could be brought into huge pages.
+fn make_huge(ram: &Path) -> Result<f64> {
+    let file = fs::File::open(ram).attempt("no memory file")?;
+    let done = belljar_keeper::huge::collapse(&file).attempt("cannot make huge pages")?;
+    let all = done.huge.saturating_add(done.refused);
+    Ok(if all == 0 {
+        0.0
+    } else {
+        done.huge as f64 / all as f64
+    })
 }
 
 fn us(time: Duration) -> f64 {
@@ -194,6 +220,16 @@ impl Subject<'_> {
                 saved.recordings.push((set, recording));
             }
         }
+        if self.ours && self.settings.caches.contains(&Cache::Lazy) {
+            let program = &self.settings.keeper;
+            let chunks = Chunks::of(&saved.state, &saved.ram, program, directory)?;
+            saved.chunks = Some(chunks);
+            if self.settings.recorded {
+                self.remember(&mut saved, directory)?;
+            }
+        }
+        // Where the file system has them; every VMM maps its file.
+        saved.huge_share = make_huge(&saved.ram)?;
         Ok(saved)
     }
 
@@ -226,6 +262,8 @@ impl Subject<'_> {
             state: name("state"),
             ram: name("ram"),
             recordings: Vec::new(),
+            chunks: None,
+            huge_share: 0.0,
             counter,
             salt: fill.salt,
             filled: usize::try_from(filled_bytes).attempt("too much to fill")?,
@@ -271,11 +309,17 @@ impl Subject<'_> {
         }
     }
 
-    /// Prepares what can be made ahead. Returns how long it took, in microseconds.
-    pub fn prepare(&self, vmm: &mut Vmm) -> Result<f64> {
+    /// Prepares what shall be made ahead. Returns how long it took, in microseconds.
+    pub fn prepare(&self, vmm: &mut Vmm, saved: &Saved, way: Way, set_mib: u64) -> Result<f64> {
         let begun = Instant::now();
-        vmm.api
-            .put("/prepare", &json!({"vcpu_count": self.settings.vcpus}))?;
+        let mut call = json!({"vcpu_count": self.settings.vcpus});
+        if let (Ahead::Memory, Some(fields)) = (way.prepared, call.as_object_mut()) {
+            fields.insert("mem_file_path".to_owned(), json!(saved.ram));
+            if let Some(path) = saved.recording(way, set_mib) {
+                fields.insert("working_set".to_owned(), json!(path));
+            }
+        }
+        vmm.api.put("/prepare", &call)?;
         Ok(us(begun.elapsed()))
     }
 
@@ -290,6 +334,40 @@ impl Subject<'_> {
             fields.insert(name.to_owned(), value);
         }
         vmm.api.put("/snapshot/load", &body)
+    }
+
+    /// Has a keeper bring in what the guest touches.
+    fn load_lazily(vmm: &mut Vmm, chunks: &Chunks) -> Result<()> {
+        let opened = chunks.open()?;
+        let body = json!({
+            "snapshot_path": "fd:state",
+            "mem_backend": {"backend_type": "Uffd", "backend_path": "fd:handler", "template_path": "fd:memory"},
+            "resume_vm": true,
+            "vsock_override": {"uds_path": vmm.vsock()},
+        });
+        let descriptors = [
+            ("state", opened.state.as_fd()),
+            ("memory", opened.memory.as_fd()),
+            ("handler", opened.handler.as_fd()),
+        ];
+        vmm.api.put_with("/snapshot/load", &body, &descriptors)
+    }
+
+    /// Restores a guest from chunks once, so that the keeper knows what it touches.
+    fn remember(&self, saved: &mut Saved, directory: &Path) -> Result<()> {
+        let Some(mut chunks) = saved.chunks.take() else {
+            return Ok(());
+        };
+        let keeper = chunks.forget(false)?;
+        let mut vmm = self.start(directory.join(format!("{}-touching", self.binary.name)))?;
+        Self::load_lazily(&mut vmm, &chunks)?;
+        self.result(&vmm, saved)?;
+        // It is written down when the guest has ended.
+        drop(vmm);
+        chunks.remember()?;
+        drop(keeper);
+        saved.chunks = Some(chunks);
+        Ok(())
     }
 
     /// Writes down which pages a guest touches until its first result and for a working set.
@@ -333,13 +411,14 @@ impl Subject<'_> {
         set_mib: u64,
         times: &mut Times,
     ) -> Result<()> {
-        let recording = saved
-            .recordings
-            .iter()
-            .find(|(mib, _)| way.recorded && *mib == set_mib);
-        let more = recording.map(|(_, path)| ("working_set", json!(path)));
+        let more = saved
+            .recording(way, set_mib)
+            .map(|path| ("working_set", json!(path)));
         let begun = Instant::now();
-        self.load(vmm, saved, more)?;
+        match saved.chunks.as_ref().filter(|_| way.cache == Cache::Lazy) {
+            Some(chunks) => Self::load_lazily(vmm, chunks)?,
+            None => self.load(vmm, saved, more)?,
+        }
         times.running_us = us(begun.elapsed());
         if self.settings.guest == Guest::Agent {
             ping(connect(vmm, AGENT_PORT)?, soon()).attempt("the agent does not answer")?;

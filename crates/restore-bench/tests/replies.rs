@@ -9,7 +9,7 @@ use std::path::Path;
 use belljar_restore_bench::failure::Result;
 use belljar_restore_bench::page;
 use belljar_restore_bench::run::{Circumstances, Outcome, Sink, run};
-use belljar_restore_bench::settings::{Cache, Guest, Settings};
+use belljar_restore_bench::settings::{Ahead, Cache, Guest, Settings};
 use belljar_restore_bench::vmm::Binary;
 use serde_json::Value;
 
@@ -52,7 +52,8 @@ fn measure(ways: &[&str], work: &Path) -> (Settings, Lines, Result<Outcome>) {
         vmms: vmms.collect(),
         kernel: file.clone(),
         initramfs: file.clone(),
-        program: file,
+        program: file.clone(),
+        keeper: file,
         directory: work.to_owned(),
         guest: Guest::Program,
         vcpus: 1,
@@ -61,7 +62,7 @@ fn measure(ways: &[&str], work: &Path) -> (Settings, Lines, Result<Outcome>) {
         working_set_mib: vec![0, 1],
         clones: vec![1, 2],
         caches: vec![Cache::Hot],
-        prepared: vec![false, true],
+        prepared: vec![Ahead::Nothing, Ahead::Vm],
         recorded: false,
         iterations: 1,
     };
@@ -91,7 +92,7 @@ fn those_who_go_on_are_measured_in_turn() {
         );
         assert_eq!(
             line["prepare_us"].is_number(),
-            line["prepared"] == true,
+            line["prepared"] == "vm",
             "{line}"
         );
         assert_eq!(line["hashed"], true, "{line}");

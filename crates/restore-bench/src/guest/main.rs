@@ -62,7 +62,11 @@ fn spawn(count: u32) {
 
 /// Holds RAM, for the host and for programs here.
 fn resident() {
-    let serving = on_port(RAM_PORT, ram::serve).and_then(|()| ram::serve_here());
+    // Whoever reaches it from outside may also ask it from inside.
+    let serving = ram::listen_here().and_then(|listener| {
+        on_port(RAM_PORT, ram::serve)?;
+        ram::serve_here(&listener)
+    });
     if let Err(error) = serving {
         eprintln!("{error}");
         std::process::exit(1);

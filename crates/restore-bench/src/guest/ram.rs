@@ -20,9 +20,13 @@ pub(crate) fn serve(connection: File) -> io::Result<()> {
     answer(connection)
 }
 
+/// Where programs in this guest ask.
+pub(crate) fn listen_here() -> io::Result<UnixListener> {
+    UnixListener::bind_addr(&SocketAddr::from_abstract_name(NAME)?)
+}
+
 /// Answers requests of programs in this guest; does not return.
-pub(crate) fn serve_here() -> io::Result<()> {
-    let listener = UnixListener::bind_addr(&SocketAddr::from_abstract_name(NAME)?)?;
+pub(crate) fn serve_here(listener: &UnixListener) -> io::Result<()> {
     loop {
         let (connection, _) = listener.accept()?;
         // Who asks may go away.

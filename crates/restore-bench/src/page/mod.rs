@@ -427,6 +427,9 @@ fn conditions(settings: &Settings, circumstances: &Circumstances, outcome: &Outc
             Cache::Hot => "the snapshot is in the page cache",
             Cache::Warm => "the snapshot was dropped from the page cache, all else is there",
             Cache::Cold => "everything that could be was dropped from the page cache",
+            Cache::Lazy => {
+                "it was in a store's chunks alone, and a keeper brought in what the guest touched"
+            }
         };
         rows.push((cache.name(), format!("{meaning}{seen}")));
     }

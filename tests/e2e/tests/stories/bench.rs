@@ -49,8 +49,13 @@ fn lines(text: &str) -> Vec<Value> {
 #[test]
 fn a_restored_guest_is_measured_and_one_that_was_tampered_with_is_found_out() {
     let user = User::new();
-    // One guest, two ways.
+    // One guest, three ways; where processes would be found that stay.
+    fs::create_dir_all(user.home().join("state")).unwrap();
     let said = user.says(&words(&[
+        "--dir",
+        "state",
+        "--cache",
+        "hot,lazy",
         "-o",
         "json",
         "--html",
@@ -69,7 +74,16 @@ fn a_restored_guest_is_measured_and_one_that_was_tampered_with_is_found_out() {
         .iter()
         .filter(|line| line["kind"] == "iteration")
         .collect();
-    assert_eq!(iterations.len(), 2, "{all:?}");
+    let ways: Vec<_> = iterations
+        .iter()
+        .map(|line| (line["cache"].as_str(), line["prepared"].as_str()))
+        .collect();
+    let expected = [("hot", "no"), ("hot", "memory"), ("lazy", "no")];
+    assert_eq!(
+        ways,
+        expected.map(|(cache, prepared)| (Some(cache), Some(prepared))),
+        "{all:?}"
+    );
     for line in iterations {
         let us = |name: &str| line[name].as_f64().unwrap();
         assert!(
@@ -82,7 +96,10 @@ fn a_restored_guest_is_measured_and_one_that_was_tampered_with_is_found_out() {
     }
     let page = fs::read_to_string(user.home().join("page.html")).unwrap();
     assert!(page.contains("id=\"phases\"") && page.ends_with("</html>\n"));
-    assert!(page.contains("belljar, hot, prepared") && !page.contains("http"));
+    assert!(page.contains("belljar, hot, VM and RAM ahead") && !page.contains("http"));
+    assert!(page.contains("belljar, lazy"));
+    let left = user.processes("belljar-keeper");
+    assert!(left.is_empty(), "the benchmark's keeper is still there");
 
     // A VMM whose guests have other RAM.
     let wrapper = user.home().join("tampering");
@@ -104,7 +121,6 @@ fn what_cannot_be_measured_is_told_at_once_with_a_remedy() {
         (&["--memory", "64M"][..], "give it 80 MiB"),
         (&["--working-set", "33M"], "fill more"),
         (&["--memory", "64500K"], "32M"),
-        (&["--cache", "lazy"], "hot, warm and cold"),
         (&["--cache", "warm", "--dir", "/dev/shm"], "--dir"),
         (&["--vs", "x=/nowhere/vmm"], "/nowhere/vmm"),
         (&["--vs", "firecracker"], "NAME=BINARY"),
@@ -113,5 +129,36 @@ fn what_cannot_be_measured_is_told_at_once_with_a_remedy() {
         let said = user.says(&[&["bench", "restore", "--on-loaded-host"], wrong].concat());
         assert_eq!(said.code(), 125, "{wrong:?}: {}", said.text());
         said.explains(&[remedy]);
+    }
+    let small = ["bench", "load", "--memory", "256M", "--on-loaded-host"];
+    let said = user.says(&small);
+    assert_eq!(said.code(), 125, "{}", said.text());
+    said.explains(&["200 MiB does not fit", "--memory"]);
+}
+
+#[test]
+fn clones_of_a_server_answer_all_at_the_same_time() {
+    let user = User::new();
+    fs::create_dir_all(user.home().join("state")).unwrap();
+    let words = "bench load --dir state --clones 3 -n 2 --working-set 8M --memory 192M --cpus 1 --on-loaded-host -o json";
+    let said = user.says(&words.split(' ').collect::<Vec<_>>());
+    assert_eq!(said.code(), 0, "{}", said.err);
+    let all = lines(&said.text());
+    let clones: Vec<&Value> = all.iter().filter(|line| line["kind"] == "clone").collect();
+    assert_eq!(clones.len(), 3, "{all:?}");
+    for clone in clones {
+        let us = |name: &str| clone[name].as_f64().unwrap();
+        assert!(0.0 < us("restored_us") && us("restored_us") < us("first_us"));
+        assert_eq!(clone["request_us"].as_array().unwrap().len(), 2, "{clone}");
+        assert!(us("pss_kib") > 0.0);
+    }
+    let last = all.last().unwrap();
+    assert_eq!(
+        (&last["kind"], &last["measure"]),
+        (&"summary".into(), &"pss_kib".into())
+    );
+    // Nothing of it stays.
+    for name in ["belljar-keeper", "belljar-vmm"] {
+        assert!(user.processes(name).is_empty(), "{name} is still there");
     }
 }

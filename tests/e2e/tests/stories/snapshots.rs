@@ -600,7 +600,7 @@ const LOAD: &str = r#"
 import hashlib, os, sys, time
 os.chdir('/root')
 me = '0' if os.fork() else '1'
-block = os.urandom(4 << 20)
+block = os.urandom(1 << 20)
 want = hashlib.sha256(block).digest()
 last, turns = time.monotonic(), 0
 def check(good, what):
@@ -624,9 +624,11 @@ while True:
 #[test]
 fn a_guest_under_load_goes_through_snapshot_restore_fork_and_reset_again_and_again() {
     let soak = std::env::var_os("BELLJAR_SOAK").is_some_and(|on| on == "1");
-    let (cycles, rest) = if soak { (500, "0") } else { (2, "0.1") };
+    let (cycles, rest) = if soak { (500, "1") } else { (2, "0.1") };
     let user = User::new();
-    let said = user.says(&["run", "-d", "--name", "c0", "--cpus", "2"]);
+    let said = user.says(&[
+        "run", "-d", "--name", "c0", "--cpus", "2", "--memory", "128M",
+    ]);
     assert_eq!(said.code(), 0, "{}", said.err);
     let said = user.says(&["exec", "-d", "c0", "--", "python3", "-c", LOAD, rest]);
     assert_eq!(said.code(), 0, "{}", said.err);

@@ -1,5 +1,7 @@
 //! `belljar bench`: what this machine reaches, measured honestly.
 
+mod load;
+
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -10,7 +12,7 @@ use belljar_restore_bench::failure::{Attempt, Failure as BenchFailure};
 use belljar_restore_bench::host::Load;
 use belljar_restore_bench::record::{Measure, Series};
 use belljar_restore_bench::run::{self, Circumstances, Outcome, Sink};
-use belljar_restore_bench::settings::{Cache, Guest, Settings};
+use belljar_restore_bench::settings::{Ahead, Cache, Guest, Settings};
 use belljar_restore_bench::stats::Summary;
 use belljar_restore_bench::vmm::Binary;
 use belljar_restore_bench::{cache, page};
@@ -33,6 +35,7 @@ pub(crate) struct Args {
 #[derive(Debug, clap::Subcommand)]
 enum Verb {
     Restore(Box<Restore>),
+    Load(Box<load::Args>),
 }
 
 /// Measure how soon a saved guest answers again
@@ -82,7 +85,8 @@ struct Restore {
         value_parser = clap::value_parser!(u32).range(1..=1000))]
     clones: Vec<u32>,
 
-    /// Where the snapshot is when it is restored: in memory, on the disk alone, or, for root, nothing in memory at all
+    /// Where the snapshot is when it is restored: in memory, on the disk alone, for root nothing in memory at all, or in
+    /// a store's chunks
     #[arg(
         long,
         value_name = "CACHE,…",
@@ -91,9 +95,14 @@ struct Restore {
     )]
     cache: Vec<CacheWord>,
 
-    /// Whether the VM was made ahead in its process
-    #[arg(long, value_name = "WHICH", default_value = "both")]
-    prepared: Which,
+    /// What the VMM had made ahead, as one of a pool: nothing, its VM, or its VM and the snapshot's RAM
+    #[arg(
+        long,
+        value_name = "WHAT,…",
+        value_delimiter = ',',
+        default_value = "no,memory"
+    )]
+    prepared: Vec<AheadWord>,
 
     /// Measure with a recorded working set, too
     #[arg(long)]
@@ -151,10 +160,13 @@ enum CacheWord {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Which {
+enum AheadWord {
+    /// Nothing
     No,
-    Yes,
-    Both,
+    /// VM and vCPUs
+    Vm,
+    /// VM, vCPUs and RAM
+    Memory,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -181,6 +193,7 @@ fn peer(text: &str) -> Result<Binary, String> {
 pub(crate) fn bench(args: &Args) -> u8 {
     match &args.verb {
         Verb::Restore(args) => status_of(restore(args)),
+        Verb::Load(args) => status_of(load::load(args)),
     }
 }
 
@@ -193,33 +206,16 @@ fn restore(args: &Restore) -> Result<u8, Failure> {
     settings
         .check()
         .map_err(|failure| bench_failure(&failure))?;
-    let load = Load::watch();
-    let reasons = load.reasons();
-    if !reasons.is_empty() && !args.on_loaded_host {
-        return Err(Failure::with_remedy(
-            format!(
-                "this machine is too loaded to measure on: {}",
-                reasons.join("; ")
-            ),
-            "wait until it is quiet, or say --on-loaded-host; then the report says that it was loaded",
-        ));
-    }
-    let circumstances = Circumstances {
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        instrument: std::env::var("BELLJAR_BENCH_INSTRUMENT").unwrap_or_default(),
-        load,
-        forced: args.on_loaded_host,
-    };
+    let circumstances = circumstances(args.on_loaded_host)?;
     let format = args.output.format();
-    let mut sink = Lines {
-        file: args.lines.as_deref().map(create).transpose()?,
-        printed: format == Format::Json,
-        steps: Steps::new(),
-    };
+    let mut sink = Lines::new(
+        args.lines.as_deref().map(create).transpose()?,
+        format == Format::Json,
+    );
     // Before an hour of measuring, not after.
     let page = args.html.as_deref().map(create).transpose()?;
     let measured = run::run(&settings, &circumstances, &mut sink);
-    sink.steps.finish();
+    sink.finish();
     let outcome = measured.map_err(|failure| bench_failure(&failure))?;
     if let (Some(mut file), Some(path)) = (page, &args.html) {
         file.write_all(page::write(&settings, &circumstances, &outcome).as_bytes())
@@ -247,35 +243,59 @@ fn restore(args: &Restore) -> Result<u8, Failure> {
     }
 }
 
+/// What the machine is like, if one may measure on it.
+fn circumstances(forced: bool) -> Result<Circumstances, Failure> {
+    let load = Load::watch();
+    let reasons = load.reasons();
+    if !reasons.is_empty() && !forced {
+        return Err(Failure::with_remedy(
+            format!(
+                "this machine is too loaded to measure on: {}",
+                reasons.join("; ")
+            ),
+            "wait until it is quiet, or say --on-loaded-host; then the report says that it was loaded",
+        ));
+    }
+    Ok(Circumstances {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        instrument: std::env::var("BELLJAR_BENCH_INSTRUMENT").unwrap_or_default(),
+        load,
+        forced,
+    })
+}
+
+fn mebibytes(what: &str, size: Size) -> Result<u64, Failure> {
+    if size.0.is_multiple_of(1 << 20) {
+        Ok(size.0 >> 20)
+    } else {
+        Err(Failure::with_remedy(
+            format!("{what} is measured in whole MiB"),
+            "write for example 32M",
+        ))
+    }
+}
+
 fn create(path: &Path) -> Result<File, Failure> {
     File::create(path)
         .map_err(|error| Failure::new(format!("cannot write {}: {error}", path.display())))
 }
 
 fn settings(args: &Restore) -> Result<Settings, Failure> {
-    let mebibytes = |what: &str, size: Size| {
-        if size.0.is_multiple_of(1 << 20) {
-            Ok(size.0 >> 20)
-        } else {
-            Err(Failure::with_remedy(
-                format!("{what} is measured in whole MiB"),
-                "write for example 32M",
-            ))
-        }
-    };
     let all = |what: &str, sizes: &[Size]| -> Result<Vec<u64>, Failure> {
         sizes.iter().map(|size| mebibytes(what, *size)).collect()
     };
     let caches = args.cache.iter().map(|word| match word {
-        CacheWord::Hot => Ok(Cache::Hot),
-        CacheWord::Warm => Ok(Cache::Warm),
-        CacheWord::Cold => Ok(Cache::Cold),
-        CacheWord::Lazy => Err(Failure::with_remedy(
-            "this benchmark drives VMMs, which restore from files: it cannot restore straight from the store's chunks",
-            "choose among hot, warm and cold",
-        )),
+        CacheWord::Hot => Cache::Hot,
+        CacheWord::Warm => Cache::Warm,
+        CacheWord::Cold => Cache::Cold,
+        CacheWord::Lazy => Cache::Lazy,
     });
-    let caches = caches.collect::<Result<Vec<_>, _>>()?;
+    let caches: Vec<Cache> = caches.collect();
+    let ahead = args.prepared.iter().map(|word| match word {
+        AheadWord::No => Ahead::Nothing,
+        AheadWord::Vm => Ahead::Vm,
+        AheadWord::Memory => Ahead::Memory,
+    });
     let assets = args.machine.assets()?;
     let file = |what, path: &Path| assets::absolute_file(what, path).map_err(Failure::from);
     let mut vmms = vec![Binary {
@@ -292,6 +312,11 @@ fn settings(args: &Restore) -> Result<Settings, Failure> {
         kernel: assets.kernel()?,
         initramfs: assets.initramfs()?,
         program: file("the program for the guest", &program)?,
+        keeper: if caches.contains(&Cache::Lazy) {
+            file("the keeper", &options::program(None, "belljar-keeper"))?
+        } else {
+            PathBuf::new()
+        },
         directory: args.dir.clone().unwrap_or_else(directory),
         guest: match args.guest {
             GuestWord::Agent => Guest::Agent,
@@ -303,11 +328,7 @@ fn settings(args: &Restore) -> Result<Settings, Failure> {
         working_set_mib: all("a working set", &args.working_set)?,
         clones: args.clones.clone(),
         caches,
-        prepared: match args.prepared {
-            Which::No => vec![false],
-            Which::Yes => vec![true],
-            Which::Both => vec![false, true],
-        },
+        prepared: ahead.collect(),
         recorded: args.recorded,
         iterations: args.iterations,
     })
@@ -327,6 +348,20 @@ struct Lines {
     file: Option<File>,
     printed: bool,
     steps: Steps,
+}
+
+impl Lines {
+    fn new(file: Option<File>, printed: bool) -> Self {
+        Self {
+            file,
+            printed,
+            steps: Steps::new(),
+        }
+    }
+
+    fn finish(&mut self) {
+        self.steps.finish();
+    }
 }
 
 impl Sink for Lines {
