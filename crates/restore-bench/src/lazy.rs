@@ -1,5 +1,6 @@
 //! A snapshot in a store of its own, from which guests are restored straight from chunks: by a keeper, as sandboxes are.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -28,8 +29,8 @@ const RETRY: Duration = Duration::from_millis(5);
 pub struct Chunks {
     keeper: Keeper,
     id: String,
-    /// What a guest of it touched first, in the keeper's words.
-    touched: Option<Vec<u8>>,
+    /// What the keeper wrote down of a guest that touched it: files by their names.
+    touched: Vec<(OsString, Vec<u8>)>,
 }
 
 /// What a VMM restores it with.
@@ -73,7 +74,7 @@ impl Chunks {
         Ok(Self {
             keeper,
             id: accepted.id,
-            touched: None,
+            touched: Vec::new(),
         })
     }
 
@@ -83,10 +84,13 @@ impl Chunks {
         end_keeper(&self.keeper)?;
         let templates = self.keeper.dir.join("templates");
         let _ = fs::remove_dir_all(&templates);
-        let touched = self.touched_file();
-        match self.touched.as_ref().filter(|_| keep_touched) {
-            Some(bytes) => fs::write(&touched, bytes).attempt("cannot write what was touched")?,
-            None => drop(fs::remove_file(&touched)),
+        let folder = self.touched_folder();
+        let _ = fs::remove_dir_all(&folder);
+        if keep_touched {
+            fs::create_dir(&folder).attempt("cannot write what was touched")?;
+            for (name, bytes) in &self.touched {
+                fs::write(folder.join(name), bytes).attempt("cannot write what was touched")?;
+            }
         }
         let mut client = self.keeper.connect().attempt("the keeper")?;
         // What it does once is not part of a restore.
@@ -126,24 +130,26 @@ impl Chunks {
     /// Remembers what the guest that was restored last touched; returns when the keeper has written it down.
     pub fn remember(&mut self) -> Result<()> {
         let limit = Instant::now() + PATIENCE;
-        loop {
-            match fs::read(self.touched_file()) {
-                Ok(bytes) => {
-                    self.touched = Some(bytes);
-                    return Ok(());
-                }
-                Err(_) if Instant::now() < limit => std::thread::sleep(RETRY),
-                Err(error) => {
-                    return Err(Failure(format!(
-                        "the keeper did not write down what a guest touched: {error}"
-                    )));
-                }
+        // The pages themselves come last.
+        let last = format!("{}.pages", self.id);
+        while !self.touched_folder().join(&last).exists() {
+            if Instant::now() > limit {
+                return Err(Failure(
+                    "the keeper did not write down what a guest touched".to_owned(),
+                ));
             }
+            std::thread::sleep(RETRY);
         }
+        for entry in fs::read_dir(self.touched_folder()).attempt("what was touched")? {
+            let entry = entry.attempt("what was touched")?;
+            let bytes = fs::read(entry.path()).attempt("what was touched")?;
+            self.touched.push((entry.file_name(), bytes));
+        }
+        Ok(())
     }
 
-    fn touched_file(&self) -> PathBuf {
-        self.keeper.dir.join("touched").join(&self.id)
+    fn touched_folder(&self) -> PathBuf {
+        self.keeper.dir.join("touched")
     }
 
     /// Ends the keeper and removes the store.

@@ -15,13 +15,17 @@ use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use belljar_store::{PAGE, Reader, SnapshotId};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{SealFlags, fcntl_add_seals};
 
 use super::capture::{enough_memory, memory, sealable};
+use super::first::{self, First};
 use super::regions::{Regions, receive};
 use super::templates::{Part, read_only};
 use super::touched::Touched;
@@ -32,6 +36,12 @@ use crate::v1;
 
 /// Bytes that one fault brings in.
 const BLOCK: u64 = 64 << 10;
+/// Pages that an earlier guest needed first, in groups: so many are here before the guest runs.
+const EARLY_GROUPS: usize = 12;
+/// What nobody waits for is brought in when no guest has needed a page for so long,
+const QUIET: Duration = Duration::from_millis(20);
+/// or after this time.
+const IMPATIENCE: Duration = Duration::from_secs(2);
 
 /// Images that are being filled, by snapshot.
 #[derive(Default)]
@@ -55,6 +65,11 @@ pub(crate) struct Lazy {
     blocks: Mutex<Vec<Block>>,
     changed: Condvar,
     touched: Mutex<Touched>,
+    /// What an earlier guest needed; `None`: it is being found out, page by page.
+    first: Option<First>,
+    begun: Instant,
+    /// When a guest last needed a page, in nanoseconds after `begun`.
+    needed: AtomicU64,
 }
 
 impl Lazies {
@@ -82,7 +97,8 @@ impl Lazies {
             let lazy = match all.get(&id) {
                 Some(lazy) => Arc::clone(lazy),
                 None => {
-                    let lazy = Arc::new(Lazy::new(reader)?);
+                    let lazy = Arc::new(Lazy::new(reader, &shared.touched)?);
+                    lazy.bring_first(0..EARLY_GROUPS);
                     fill_behind(shared, &lazy)?;
                     all.insert(id, Arc::clone(&lazy));
                     lazy
@@ -106,7 +122,7 @@ impl Lazies {
 }
 
 impl Lazy {
-    fn new(reader: Reader) -> io::Result<Self> {
+    fn new(reader: Reader, folder: &Path) -> io::Result<Self> {
         let image = reader.image(images::MEMORY).map_err(io::Error::other)?;
         let length = image.length;
         let file = sealable("lazy template")?;
@@ -117,6 +133,12 @@ impl Lazy {
         let seals = SealFlags::FUTURE_WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
         fcntl_add_seals(&file, seals)?;
         let count = usize::try_from(length.div_ceil(BLOCK)).map_err(io::Error::other)?;
+        let id = reader.manifest().id;
+        let first = First::open(folder, id, length);
+        if first.is_none() {
+            // One that is damaged makes room for a good one.
+            first::remove(folder, id);
+        }
         Ok(Self {
             file,
             filling,
@@ -124,6 +146,9 @@ impl Lazy {
             blocks: Mutex::new(vec![Block::Missing; count]),
             changed: Condvar::new(),
             touched: Mutex::new(Touched::default()),
+            first,
+            begun: Instant::now(),
+            needed: AtomicU64::new(0),
             reader,
         })
     }
@@ -193,11 +218,50 @@ impl Lazy {
         Ok(())
     }
 
+    /// Groups of what an earlier guest needed. What cannot be had so comes from chunks when it is needed.
+    fn bring_first(&self, groups: Range<usize>) {
+        let Some(first) = &self.first else { return };
+        for group in groups.start..groups.end.min(first.groups()) {
+            let _ = first.bring(group, |bytes, at| self.filling.fill(bytes, at));
+        }
+    }
+
+    /// Brings in one page, if it is known to be needed or that is being found out. Returns whether it is here.
+    fn bring_page(&self, offset: u64) -> bool {
+        let page = offset / PAGE;
+        let Some(first) = &self.first else {
+            let mut bytes = [0; PAGE as usize];
+            let start = page.saturating_mul(PAGE);
+            let read = self.reader.read(images::MEMORY, start, &mut bytes);
+            return read.is_ok() && self.filling.fill(&bytes, start).is_ok();
+        };
+        let group = first.group_of(page);
+        group.is_some_and(|group| {
+            let brought = first.bring(group, |bytes, at| self.filling.fill(bytes, at));
+            brought.is_ok()
+        })
+    }
+
+    /// Waits for a moment at which no guest needs pages.
+    fn wait_for_quiet(&self) {
+        loop {
+            let now = self.begun.elapsed();
+            let needed = Duration::from_nanos(self.needed.load(Ordering::Relaxed));
+            match pause(now, needed) {
+                None => return,
+                Some(pause) => std::thread::sleep(pause),
+            }
+        }
+    }
+
     /// Everything that is not zero, what earlier guests needed first.
     fn bring_all(&self, first: &Touched) -> Result<(), String> {
+        self.wait_for_quiet();
+        self.bring_first(EARLY_GROUPS..first::MOST);
         for page in first.pages() {
             let offset = page.saturating_mul(PAGE);
             if offset < self.length {
+                self.wait_for_quiet();
                 self.bring(&self.block(offset))?;
             }
         }
@@ -205,11 +269,42 @@ impl Lazy {
         while at < self.length {
             let block = self.block(at);
             if !self.data(&block).is_empty() {
+                self.wait_for_quiet();
                 self.bring(&block)?;
             }
             at = block.end;
         }
         Ok(())
+    }
+
+    /// Writes down what was needed, for the next guest.
+    fn save(&self, folder: &Path, id: SnapshotId) {
+        let touched = locked(&self.touched);
+        touched.save(folder, id);
+        if self.first.is_some() {
+            return;
+        }
+        let is_data = |page: &u64| {
+            let offset = page.saturating_mul(PAGE);
+            let data = self.data(&self.block(offset));
+            data.iter().any(|part| part.contains(&offset))
+        };
+        let pages: Vec<u64> = touched
+            .in_order()
+            .filter(is_data)
+            .take(first::MOST)
+            .collect();
+        let written = First::write(folder, id, &pages, |page, bytes| {
+            let read = self
+                .reader
+                .read(images::MEMORY, page.saturating_mul(PAGE), bytes);
+            read.map_err(io::Error::other)
+        });
+        if let Err(error) = written {
+            log::line(&format!(
+                "what guests of snapshot {id} need first is not remembered: {error}"
+            ));
+        }
     }
 
     /// Answers one fault: what is zero with zeros, the rest from the block.
@@ -231,6 +326,9 @@ impl Lazy {
                 let _ = userfault.zero(&range);
             }
             return userfault.zero_page(page);
+        }
+        if self.bring_page(offset) {
+            return userfault.wake(&(page..page.saturating_add(PAGE)));
         }
         if let Err(why) = self.bring(&block) {
             let id = self.reader.manifest().id;
@@ -261,7 +359,7 @@ fn serve(lazy: &Lazy, socket: &UnixStream, busy: &Busy) {
     }
     let (shared, id) = (busy.shared(), lazy.reader.manifest().id);
     // While it is read here, nobody can remove the snapshot.
-    locked(&lazy.touched).save(&shared.touched, id);
+    lazy.save(&shared.touched, id);
 }
 
 fn try_serve(lazy: &Lazy, socket: &UnixStream) -> io::Result<()> {
@@ -287,6 +385,9 @@ fn try_serve(lazy: &Lazy, socket: &UnixStream) -> io::Result<()> {
             continue;
         }
         for fault in userfault.faults()? {
+            let now = u64::try_from(lazy.begun.elapsed().as_nanos());
+            lazy.needed
+                .store(now.unwrap_or(u64::MAX), Ordering::Relaxed);
             if let Some(offset) = regions.offset(fault.address) {
                 locked(&lazy.touched).note(offset / PAGE, fault.is_write);
             }
@@ -297,6 +398,13 @@ fn try_serve(lazy: &Lazy, socket: &UnixStream) -> io::Result<()> {
             }
         }
     }
+}
+
+/// How long filling waits, `now` and `needed` (the last time a guest needed a page) counted from the beginning.
+fn pause(now: Duration, needed: Duration) -> Option<Duration> {
+    let rest = needed.saturating_add(QUIET).saturating_sub(now);
+    let patience = IMPATIENCE.saturating_sub(now);
+    Some(rest.min(patience)).filter(|pause| !pause.is_zero())
 }
 
 /// Fills all of it, and makes it a template.
@@ -337,4 +445,22 @@ fn copy_data(lazy: &Lazy, mut file: &File) -> io::Result<()> {
         at = block.end;
     }
     file.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filling_waits_for_guests_but_not_for_ever() {
+        let ms = Duration::from_millis;
+        // It begins when the guest may have begun.
+        assert_eq!(pause(ms(0), ms(0)), Some(QUIET));
+        assert_eq!(pause(ms(20), ms(0)), None);
+        assert_eq!(pause(ms(30), ms(25)), Some(ms(15)));
+        assert_eq!(pause(ms(30), ms(30)), Some(QUIET));
+        assert_eq!(pause(ms(1995), ms(1990)), Some(ms(5)));
+        assert_eq!(pause(ms(2000), ms(2000)), None);
+        assert_eq!(pause(ms(9000), Duration::MAX), None);
+    }
 }

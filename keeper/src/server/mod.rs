@@ -5,6 +5,7 @@ mod calls;
 mod capture;
 mod check;
 mod digests;
+mod first;
 mod hot;
 mod lazy;
 mod log;

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use belljar_store::SnapshotId;
 
+use super::first;
+
 /// Pages that are remembered, at most: 64 KiB come with each, so that is 256 MiB.
 const MOST: usize = 4096;
 /// How the file begins; then a word for each page: its number times two, and one if it was written.
@@ -34,6 +36,11 @@ impl Touched {
                 .filter(move |(_, write)| *write == written)
         };
         of(false).chain(of(true)).map(|(page, _)| *page)
+    }
+
+    /// All, in the order in which they were touched.
+    pub(super) fn in_order(&self) -> impl Iterator<Item = u64> + '_ {
+        self.order.iter().map(|(page, _)| *page)
     }
 
     fn encode(&self) -> Vec<u8> {
@@ -76,6 +83,7 @@ impl Touched {
 /// Forgets a snapshot.
 pub(super) fn remove(folder: &Path, id: SnapshotId) {
     let _ = std::fs::remove_file(path(folder, id));
+    first::remove(folder, id);
 }
 
 fn path(folder: &Path, id: SnapshotId) -> PathBuf {

@@ -122,8 +122,18 @@ fn a_guest_sees_each_page_as_it_was_and_the_next_one_finds_a_template() {
     let place = Place::new();
     let mut client = place.connect();
     let (id, memory) = capture(&mut client, 5, "one");
-    for round in 0..2 {
+    // Then with the pages that were needed first in a file, and with that file damaged.
+    for round in 0..3 {
         client = without_templates(&place, client, &id);
+        if round == 2 {
+            let path = place.path().join(format!("touched/{id}.pages"));
+            let mut bytes = std::fs::read(&path).unwrap();
+            let pages = bytes.len() - 100 * 4096;
+            (pages..bytes.len())
+                .step_by(4096)
+                .for_each(|at| bytes[at] ^= 4);
+            std::fs::write(path, bytes).unwrap();
+        }
         let guests = [
             Guest::new(&mut client, "one"),
             Guest::new(&mut client, "one"),
@@ -168,7 +178,10 @@ fn a_guest_sees_each_page_as_it_was_and_the_next_one_finds_a_template() {
             std::thread::sleep(Duration::from_millis(5));
         }
         drop(guests);
-        let record = place.path().join("touched").join(&id);
+        let record = place.path().join(format!(
+            "touched/{id}{}",
+            if round < 2 { ".pages" } else { "" }
+        ));
         let deadline = Instant::now() + Duration::from_secs(20);
         while !record.exists() {
             assert!(
