@@ -258,7 +258,8 @@ impl Place<'_> {
     fn restore(&self, id: &str, server: Server, barrier: &Barrier) -> Result<(Sandbox, Sample)> {
         barrier.wait();
         let begin = Instant::now();
-        let source = Source::open(&self.keeper, id, &self.assets, None).map_err(failed)?;
+        let source = Source::open(&self.keeper, id, &self.assets, None, &self.programs);
+        let source = source.map_err(failed)?;
         let clone = NewClone {
             life: Life::Owned,
             name: None,
