@@ -258,7 +258,7 @@ impl Place<'_> {
     fn restore(&self, id: &str, server: Server, barrier: &Barrier) -> Result<(Sandbox, Sample)> {
         barrier.wait();
         let begin = Instant::now();
-        let source = Source::open(&self.keeper, id, &self.assets, None, &self.programs);
+        let source = Source::open(&self.keeper, id, &self.assets, &self.programs, None);
         let source = source.map_err(failed)?;
         let clone = NewClone {
             life: Life::Owned,
