@@ -97,6 +97,7 @@ pub struct Keeper {
 #[derive(Debug)]
 pub struct Client {
     connection: Connection,
+    pid: u32,
 }
 
 impl Keeper {
@@ -163,7 +164,8 @@ impl Keeper {
             .stream()
             .set_read_timeout(None)
             .map_err(WireError::from)?;
-        Ok(Some(Client { connection }))
+        let pid = hello.pid;
+        Ok(Some(Client { connection, pid }))
     }
 
     fn start(&self) -> Result<Started, KeeperError> {
@@ -215,6 +217,24 @@ impl Drop for Started {
 }
 
 impl Client {
+    /// The keeper's process.
+    #[must_use]
+    pub const fn keeper_pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Nothing that the keeper says is waited for longer from now on.
+    ///
+    /// # Errors
+    /// The limit is zero.
+    pub fn limit(&self, limit: Duration) -> Result<(), KeeperError> {
+        let stream = self.connection.stream();
+        let limited = stream
+            .set_read_timeout(Some(limit))
+            .and_then(|()| stream.set_write_timeout(Some(limit)));
+        Ok(limited.map_err(WireError::from)?)
+    }
+
     /// Carries out a call; `meanwhile` sees progress and items.
     ///
     /// # Errors

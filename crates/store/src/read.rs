@@ -121,6 +121,21 @@ impl Reader {
         })
     }
 
+    /// Whether the store knows where every chunk of an image is. None of them is read.
+    ///
+    /// # Errors
+    /// [`Error::NoImage`].
+    pub fn has_all(&self, name: &str) -> Result<bool> {
+        let image = self.image(name)?;
+        let state = self.inner.state();
+        let mut last = None;
+        Ok(image.extents.iter().all(|extent| {
+            let is_new = last.replace(extent.chunk) != Some(extent.chunk);
+            let id = self.manifest.chunks.get(extent.chunk as usize);
+            !is_new || id.is_some_and(|id| state.index.get(id).is_some())
+        }))
+    }
+
     /// Fills the buffer from there, zeros included. For small pieces: it keeps the last chunks it used.
     ///
     /// # Errors

@@ -162,7 +162,7 @@ fn describe(shared: &Shared, reader: &Reader) -> Result<v1::Description, v1::Err
 }
 
 fn open(shared: &Arc<Shared>, call: &v1::Open) -> Answered {
-    let reader = read(shared, &call.snapshot)?;
+    let reader = Arc::new(read(shared, &call.snapshot)?);
     let manifest = reader.manifest();
     let id = manifest.id;
     if manifest.requirements.architecture != ARCHITECTURE {
@@ -232,9 +232,8 @@ fn open(shared: &Arc<Shared>, call: &v1::Open) -> Answered {
 }
 
 /// Memory that comes while the guest runs, and the socket of who brings it.
-fn lazily(shared: &Arc<Shared>, reader: &Reader) -> Result<(File, OwnedFd), v1::Error> {
-    let again = shared.store.read(reader.manifest().id)?;
-    shared.lazies.open(shared, again)
+fn lazily(shared: &Arc<Shared>, reader: &Arc<Reader>) -> Result<(File, OwnedFd), v1::Error> {
+    shared.lazies.open(shared, Arc::clone(reader))
 }
 
 fn not_lazy(error: &v1::Error) {

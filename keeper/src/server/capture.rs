@@ -192,7 +192,8 @@ fn base(shared: &Shared, begin: &v1::Begin) -> Option<Reader> {
         return Some(reader);
     }
     let length = reader.image(images::MEMORY).ok()?.length;
-    (length == begin.memory_bytes).then_some(reader)
+    let is_whole = length == begin.memory_bytes && reader.has_all(images::MEMORY).ok()?;
+    is_whole.then_some(reader)
 }
 
 /// Where a file has data, in bytes.
@@ -277,9 +278,11 @@ impl Source for Layers<'_> {
 }
 
 /// Bytes of a disk that may differ from those of a snapshot, if what that snapshot is of is one of the disk's layers:
-/// what the layers over it have. Layers that went into one have the id of the highest of them.
+/// what the layers over it have. Layers that went into one have the id of the highest of them. `None`: all may.
 fn changed_since(base: &Reader, view: &View<File>) -> Option<Vec<Range<u64>>> {
-    if base.image(images::DISK).ok()?.length != view.size() {
+    let length = base.image(images::DISK).ok()?.length;
+    // What of it is lost is stored again with all the rest.
+    if length != view.size() || !base.has_all(images::DISK).ok()? {
         return None;
     }
     let id = base.read_all(images::DISK_LAYER, LayerId::BASE.0.len());

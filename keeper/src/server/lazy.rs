@@ -58,7 +58,7 @@ enum Block {
 
 /// A snapshot's memory that is being filled.
 pub(crate) struct Lazy {
-    reader: Reader,
+    reader: Arc<Reader>,
     file: File,
     filling: Filling,
     length: u64,
@@ -77,7 +77,7 @@ impl Lazies {
     pub(super) fn open(
         &self,
         shared: &Arc<Shared>,
-        reader: Reader,
+        reader: Arc<Reader>,
     ) -> Result<(File, OwnedFd), v1::Error> {
         let failed = super::names::io_error("fill memory while the guest runs");
         let id = reader.manifest().id;
@@ -122,7 +122,7 @@ impl Lazies {
 }
 
 impl Lazy {
-    fn new(reader: Reader, folder: &Path) -> io::Result<Self> {
+    fn new(reader: Arc<Reader>, folder: &Path) -> io::Result<Self> {
         let image = reader.image(images::MEMORY).map_err(io::Error::other)?;
         let length = image.length;
         let file = sealable("lazy template")?;
@@ -230,6 +230,10 @@ impl Lazy {
     fn bring_page(&self, offset: u64) -> bool {
         let page = offset / PAGE;
         let Some(first) = &self.first else {
+            // More is not remembered, and in blocks it comes sooner.
+            if locked(&self.touched).len() >= first::MOST {
+                return false;
+            }
             let mut bytes = [0; PAGE as usize];
             let start = page.saturating_mul(PAGE);
             let read = self.reader.read(images::MEMORY, start, &mut bytes);
@@ -279,7 +283,8 @@ impl Lazy {
 
     /// Writes down what was needed, for the next guest.
     fn save(&self, folder: &Path, id: SnapshotId) {
-        let touched = locked(&self.touched);
+        // Other guests' faults are noted meanwhile.
+        let touched = locked(&self.touched).clone();
         touched.save(folder, id);
         if self.first.is_some() {
             return;

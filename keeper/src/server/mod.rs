@@ -199,6 +199,8 @@ fn serve(surroundings: Arc<dyn Surroundings>) -> Result<(), ServerError> {
     let templates = templates::Templates::open(Path::new("templates"), budget, near)
         .map_err(failed("use the folder of templates"))?;
     std::fs::create_dir_all("touched").map_err(failed("use the folder of hints"))?;
+    let ids = store.list()?.iter().map(|snapshot| snapshot.id).collect();
+    touched::keep_only(Path::new("touched"), &ids);
     let recordings = recordings::Recordings::open(Path::new("recordings"))
         .map_err(failed("use the folder of recordings"))?;
     let shared = Arc::new(Shared {

@@ -6,6 +6,7 @@ use std::fs::{File, Permissions};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use belljar_store::{PAGE, SnapshotId};
 
@@ -19,12 +20,25 @@ const MAX_PAGES: u64 = 1 << 16;
 const MAX_LEN: u64 = (MAGIC.len() + MAX_RUNS * RUN) as u64;
 
 /// The folder of recordings.
-pub(crate) struct Recordings(PathBuf);
+pub(crate) struct Recordings {
+    folder: PathBuf,
+    /// One is written at a time.
+    keeping: Mutex<()>,
+}
 
 impl Recordings {
     pub(super) fn open(folder: &Path) -> io::Result<Self> {
         std::fs::create_dir_all(folder)?;
-        Ok(Self(folder.to_path_buf()))
+        // What was being written when somebody was killed.
+        for entry in std::fs::read_dir(folder)?.flatten() {
+            if entry.path().extension().is_some() {
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
+        Ok(Self {
+            folder: folder.to_path_buf(),
+            keeping: Mutex::default(),
+        })
     }
 
     /// That of an earlier guest, at its beginning. One that is not good goes.
@@ -49,6 +63,7 @@ impl Recordings {
     /// It is none, or cannot be kept.
     pub(super) fn keep(&self, id: SnapshotId, from: impl Read) -> io::Result<()> {
         let path = self.path(id);
+        let _turn = super::locked(&self.keeping);
         if path.exists() {
             return Ok(());
         }
@@ -70,7 +85,7 @@ impl Recordings {
     }
 
     fn path(&self, id: SnapshotId) -> PathBuf {
-        self.0.join(id.to_string())
+        self.folder.join(id.to_string())
     }
 }
 

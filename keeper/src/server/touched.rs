@@ -38,6 +38,11 @@ impl Touched {
         of(false).chain(of(true)).map(|(page, _)| *page)
     }
 
+    /// How many.
+    pub(super) fn len(&self) -> usize {
+        self.order.len()
+    }
+
     /// All, in the order in which they were touched.
     pub(super) fn in_order(&self) -> impl Iterator<Item = u64> + '_ {
         self.order.iter().map(|(page, _)| *page)
@@ -86,6 +91,19 @@ pub(super) fn remove(folder: &Path, id: SnapshotId) {
     first::remove(folder, id);
 }
 
+/// Forgets all but these: a keeper may have ended before it forgot one that was removed.
+pub(super) fn keep_only(folder: &Path, ids: &HashSet<SnapshotId>) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let name = name.to_str().unwrap_or_default();
+        let (id, rest) = name.split_once('.').unwrap_or((name, ""));
+        let is_kept = id.parse().is_ok_and(|id| ids.contains(&id));
+        if !is_kept || !["", "pages"].contains(&rest) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
 fn path(folder: &Path, id: SnapshotId) -> PathBuf {
     folder.join(id.to_string())
 }
@@ -126,5 +144,27 @@ mod tests {
                 prop_assert!(touched.pages().count() <= bytes.len() / 8);
             }
         }
+    }
+
+    #[test]
+    fn what_no_snapshot_has_goes() {
+        let folder = tempfile::tempdir().unwrap();
+        let ids: Vec<SnapshotId> = ["01", "02"]
+            .map(|byte| byte.repeat(16).parse().unwrap())
+            .into();
+        let names = ["", ".pages", ".new", ".pages.new"];
+        for id in &ids {
+            for name in names {
+                std::fs::write(folder.path().join(format!("{id}{name}")), "x").unwrap();
+            }
+        }
+        std::fs::write(folder.path().join("other"), "x").unwrap();
+        keep_only(folder.path(), &HashSet::from([ids[1]]));
+        let left = std::fs::read_dir(folder.path()).unwrap().flatten();
+        let mut left: Vec<_> = left
+            .map(|entry| entry.file_name().into_string().unwrap())
+            .collect();
+        left.sort();
+        assert_eq!(left, [format!("{}", ids[1]), format!("{}.pages", ids[1])]);
     }
 }

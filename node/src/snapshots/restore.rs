@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use belljar_keeper::client::{Keeper, KeeperError};
 use belljar_keeper::v1::{self as keeper, reply::Result as Answer, request::Call};
@@ -42,6 +43,9 @@ pub enum Disk {
     /// An image, and frozen layers over it.
     Layers(Files),
 }
+
+/// A keeper that does not take a recording within this time does without.
+const RECORD_LIMIT: Duration = Duration::from_secs(2);
 
 /// What clones are made from.
 #[derive(Debug)]
@@ -107,7 +111,9 @@ impl Source {
             candidates,
             disk_only: disk_only(&id_of(&description)),
             lazy: can_wait_for_pages(),
-            programs: programs.and_then(found),
+            programs: programs
+                .filter(|_| lives_as_here(client.keeper_pid()))
+                .and_then(found),
         });
         let (Answer::Opened(opened), files) = client.call(open, &[], |_| {})? else {
             return Err(KeeperError::Unexpected.into());
@@ -194,6 +200,19 @@ fn can_wait_for_pages() -> bool {
 }
 
 /// Programs as the keeper can start them, which works elsewhere.
+/// Whether what that process starts is where what this one starts would be: a sandbox shall be in its caller's cgroup
+/// and namespaces, whoever started the keeper.
+fn lives_as_here(pid: u32) -> bool {
+    let cgroup = |of: &str| std::fs::read(format!("/proc/{of}/cgroup")).ok();
+    let space = |of: &str, kind: &str| std::fs::read_link(format!("/proc/{of}/ns/{kind}")).ok();
+    let pid = pid.to_string();
+    let kinds = ["pid", "mnt", "net", "user", "ipc", "uts"];
+    cgroup("self").is_some_and(|own| Some(own) == cgroup(&pid))
+        && kinds
+            .iter()
+            .all(|kind| space("self", kind).is_some_and(|own| Some(own) == space(&pid, kind)))
+}
+
 fn found(programs: &Programs) -> Option<keeper::Programs> {
     let text = |path: &PathBuf| -> Option<String> {
         // Such as /proc/self/exe.
@@ -382,12 +401,12 @@ pub fn restore(
         let _ = dir.remove();
     }
     let mut restored = restored?;
+    if spec.life == Life::Persistent {
+        restored.keep(&spec)?;
+    }
     if let (Some(keeper), Some(snapshot)) = (&source.records, &source.snapshot) {
         // The next one is only not as fast.
         let _ = record(keeper, snapshot, &restored, host.limits);
-    }
-    if spec.life == Life::Persistent {
-        restored.keep(&spec)?;
     }
     Ok(restored)
 }
@@ -405,11 +424,10 @@ fn record(
     let record = Call::Record(keeper::Record {
         snapshot: snapshot.to_owned(),
     });
-    keeper
-        .connect()?
-        .call(record, &[file.as_fd()], |_| {})
-        .map(drop)
-        .map_err(SnapshotError::from)
+    let mut client = keeper.connect()?;
+    client.limit(RECORD_LIMIT)?;
+    client.call(record, &[file.as_fd()], |_| {})?;
+    Ok(())
 }
 
 /// Starts a sandbox whose directory holds what it needs; `stays`: its disk outlives the guest.
@@ -432,6 +450,12 @@ pub(super) fn bring_up(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_keeper_with_the_same_cgroup_and_namespaces_starts_things_for_this_process() {
+        assert!(lives_as_here(std::process::id()));
+        assert!(!lives_as_here(u32::MAX));
+    }
 
     const RECORD: &str = r#"{"version": 1, "writer": "0", "sandbox": "0badcafe", "lineage": "0badcafe",
         "generation": 0, "spec": {"version": 1, "created_ms": 1, "life": "owned", "vcpus": 1, "memory": 268435456, "disk": 1048576}}"#;

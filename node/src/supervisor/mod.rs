@@ -261,7 +261,11 @@ impl Supervisor {
                 owner_present = self.obey(owner);
             }
         }
-        let ended = self.end()?;
+        let ended = match self.end() {
+            // Its owner goes on with the directory, whatever could not be written there.
+            Err(_) if matches!(self.after, After::Nothing) => return Ok(self.after),
+            ended => ended?,
+        };
         self.control.close();
         Event::Ended(Box::new(ended)).send(owner);
         Ok(self.after)

@@ -27,6 +27,12 @@ pub enum ApiError {
         path: String,
         limit: Duration,
     },
+    #[error("the VMM did not say what became of {method} {path}: {fault}")]
+    Unanswered {
+        method: &'static str,
+        path: String,
+        fault: String,
+    },
     #[error("the VMM closed its API before it answered {method} {path}")]
     Closed { method: &'static str, path: String },
     #[error("the VMM's API broke off at {method} {path}: {source}")]
@@ -108,14 +114,20 @@ pub fn request_with(
     stream.write_all(bytes.get(sent..).unwrap_or_default())?;
     let mut reader = http::ResponseReader::default();
     let response = next_response(stream, &mut reader, (method, path), begin, deadline)?;
-    if response.status / 100 == 2 {
-        Ok(response)
-    } else {
-        Err(ApiError::Refused {
+    let (path, fault) = (path.to_owned(), response.fault_message());
+    match response.status / 100 {
+        2 => Ok(response),
+        // It may still take effect.
+        5 => Err(ApiError::Unanswered {
             method,
-            path: path.to_owned(),
-            fault: response.fault_message(),
-        })
+            path,
+            fault,
+        }),
+        _ => Err(ApiError::Refused {
+            method,
+            path,
+            fault,
+        }),
     }
 }
 

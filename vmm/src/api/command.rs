@@ -173,7 +173,7 @@ impl Reply {
 
 impl Drop for Reply {
     fn drop(&mut self) {
-        self.finish(Err(Fault::new(
+        self.finish(Err(Fault::unanswered(
             "The microVM ended before it could answer this call.",
         )));
     }

@@ -8,6 +8,8 @@ pub enum Status {
     BadRequest,
     /// 413: longer than the limit.
     PayloadTooLarge,
+    /// 504: nobody knows whether the call took effect, or will.
+    GatewayTimeout,
 }
 
 impl Status {
@@ -15,6 +17,7 @@ impl Status {
         match self {
             Self::BadRequest => 400,
             Self::PayloadTooLarge => 413,
+            Self::GatewayTimeout => 504,
         }
     }
 
@@ -22,6 +25,7 @@ impl Status {
         match self {
             Self::BadRequest => "Bad Request",
             Self::PayloadTooLarge => "Payload Too Large",
+            Self::GatewayTimeout => "Gateway Timeout",
         }
     }
 }
@@ -41,6 +45,11 @@ impl Fault {
     /// A 400.
     pub fn new(message: impl Into<String>) -> Self {
         Self::with_status(Status::BadRequest, message.into())
+    }
+
+    /// A 504.
+    pub(super) fn unanswered(message: impl Into<String>) -> Self {
+        Self::with_status(Status::GatewayTimeout, message.into())
     }
 
     pub(super) fn with_status(status: Status, mut message: String) -> Self {

@@ -450,7 +450,7 @@ impl Server {
             .collect();
         for (call, title, limit) in late {
             self.counters.unanswered.inc();
-            let fault = Fault::new(format!(
+            let fault = Fault::unanswered(format!(
                 "{title}: the machine's thread has not answered for {} s (its last answer to \
                  any call was {} s ago); the call may still take effect. GET / and the action \
                  Stop work all the same",

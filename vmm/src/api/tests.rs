@@ -187,7 +187,7 @@ fn a_stuck_machine_does_not_stop_the_api() {
     let mut other = bench.connect();
     assert_eq!(call(&mut other, "GET", "/", "").0, 200);
     let (status, body) = read_answer(&mut stuck);
-    assert_eq!(status, 400);
+    assert_eq!(status, 504);
     assert!(body.contains("has not answered for"), "{body}");
     // The late answer goes nowhere, above all not to the next call of that client.
     command.reply.send(Err(Fault::new("late")));

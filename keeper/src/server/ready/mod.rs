@@ -269,7 +269,8 @@ impl ReadyVmms {
         let folder = std::path::absolute(FOLDER)?;
         make(&folder, true)?;
         let number = self.made.fetch_add(1, Ordering::Relaxed);
-        let dir = folder.join(number.to_string());
+        // A supervisor of an earlier keeper may still remove its own.
+        let dir = folder.join(format!("{}-{number}", std::process::id()));
         make(&dir, false)?;
         Ok(dir)
     }
@@ -301,7 +302,7 @@ pub(super) fn look_after(shared: &Arc<Shared>) {
     let (gone, wanted) = {
         let mut pool = locked(&ready.pool);
         let mut gone = pool.want(fit, now);
-        gone.extend(pool.check(Waiting::is_good));
+        gone.extend(pool.check(Waiting::is_good, now));
         (gone, pool.begin(now))
     };
     ready.end(gone);

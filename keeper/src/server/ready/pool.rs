@@ -56,16 +56,29 @@ impl<F: Clone + PartialEq, E> Pool<F, E> {
             return None;
         }
         self.not_before = self.not_before.max(Some(now + BEHIND));
+        // It was good to the end.
+        self.failures = 0;
         Some(self.waiting.remove(0))
     }
 
-    /// Those for which `good` does not say so.
+    /// Those for which `good` does not say so. Others in their place are not made at once: what ended them may
+    /// end these, too.
     #[must_use]
-    pub(super) fn check(&mut self, mut good: impl FnMut(&E) -> bool) -> Vec<E> {
+    pub(super) fn check(&mut self, mut good: impl FnMut(&E) -> bool, now: Instant) -> Vec<E> {
         let all = std::mem::take(&mut self.waiting);
         let (good, bad): (Vec<E>, Vec<E>) = all.into_iter().partition(|one| good(one));
         self.waiting = good;
+        if !bad.is_empty() {
+            self.back_off(now);
+        }
         bad
+    }
+
+    fn back_off(&mut self, now: Instant) {
+        let times = 1_u32.checked_shl(self.failures).unwrap_or(u32::MAX);
+        self.failures = self.failures.saturating_add(1);
+        let wait = AGAIN.saturating_mul(times).min(AGAIN_AT_MOST);
+        self.not_before = Some(now + wait);
     }
 
     /// What one is to be made for now. Until [`Pool::made`] no other is begun.
@@ -89,15 +102,11 @@ impl<F: Clone + PartialEq, E> Pool<F, E> {
         let still = self.making.take() == self.fit && self.fit.is_some();
         match made {
             Some(one) if still && self.waiting.len() < self.bound => {
-                self.failures = 0;
                 self.waiting.push(one);
                 None
             }
             None if still => {
-                let times = 1_u32.checked_shl(self.failures).unwrap_or(u32::MAX);
-                self.failures = self.failures.saturating_add(1);
-                let wait = AGAIN.saturating_mul(times).min(AGAIN_AT_MOST);
-                self.not_before = Some(now + wait);
+                self.back_off(now);
                 None
             }
             other => other,
@@ -156,7 +165,9 @@ mod tests {
         assert_eq!(pool.want(Some(1), start), NONE);
         fill(&mut pool, later, &mut 0);
         assert_eq!(pool.want(Some(1), later), NONE, "it is as before");
-        assert_eq!(pool.check(|one| *one != 1), [1]);
+        assert_eq!(pool.check(|one| *one != 1, later), [1]);
+        assert_eq!(pool.begin(later), None, "what ended it may end another");
+        let later = later + AGAIN;
         assert_eq!(pool.begin(later), Some(1));
         assert_eq!(pool.want(Some(2), later), [2]);
         assert_eq!(pool.made(Some(3), later), Some(3));
@@ -212,7 +223,7 @@ mod tests {
                     5 => if making.take().is_some() {
                         prop_assert_eq!(pool.made(None, now), None);
                     },
-                    _ => gone.extend(pool.check(|one| one.1 % 2 == 0)),
+                    _ => gone.extend(pool.check(|one| one.1 % 2 == 0, now)),
                 }
                 prop_assert!(pool.waiting().len() <= bound);
                 prop_assert_eq!(pool.waiting().len() + gone.len(), made as usize);
