@@ -132,7 +132,7 @@ impl Reader {
         Ok(image.extents.iter().all(|extent| {
             let is_new = last.replace(extent.chunk) != Some(extent.chunk);
             let id = self.manifest.chunks.get(extent.chunk as usize);
-            !is_new || id.is_some_and(|id| state.index.get(id).is_some())
+            !is_new || id.is_some_and(|id| state.index.contains_key(id))
         }))
     }
 
