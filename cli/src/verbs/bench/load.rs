@@ -298,16 +298,24 @@ impl Place<'_> {
     /// Restores all at once, and has all answer at once.
     fn measure(&self, id: &str, server: Server, clones: u32) -> Result<Vec<Sample>> {
         let barrier = Barrier::new(usize::try_from(clones).unwrap_or(1));
-        // A thread that failed meets the others all the same.
+        // A thread that failed meets the others all the same, and what they share is measured while all are there.
         let one = || -> Result<Sample> {
             let restored = self.restore(id, server, &barrier);
             barrier.wait();
-            let (sandbox, mut sample) = restored?;
-            for number in 0..self.args.requests {
-                let took = server.request(&sandbox, u64::from(number).saturating_add(3))?;
-                sample.requests.push(us(took));
-            }
-            sample.pss_kib = Self::pss(&sandbox)?;
+            let answered = restored.and_then(|(sandbox, mut sample)| {
+                for number in 0..self.args.requests {
+                    let took = server.request(&sandbox, u64::from(number).saturating_add(3))?;
+                    sample.requests.push(us(took));
+                }
+                Ok((sandbox, sample))
+            });
+            barrier.wait();
+            let measured = answered.and_then(|(sandbox, mut sample)| {
+                sample.pss_kib = Self::pss(&sandbox)?;
+                Ok((sandbox, sample))
+            });
+            barrier.wait();
+            let (sandbox, sample) = measured?;
             drop(sandbox.tear_down());
             Ok(sample)
         };
