@@ -770,3 +770,37 @@ fn a_damaged_store_gives_right_bytes_or_the_reason_and_never_ends_the_keeper() {
         "{right} right, {refused} refused"
     );
 }
+
+#[test]
+fn a_program_on_a_server_that_is_gone_is_in_nobodys_way() {
+    let (place, _, whole) = prepared();
+    let mut client = place.connect();
+    let program = place.dir.path().join("supervisor");
+    std::fs::write(&program, "").unwrap();
+    let path = program.to_str().unwrap().to_owned();
+    let open = Call::Open(v1::Open {
+        snapshot: whole,
+        programs: Some(v1::Programs {
+            supervisor: path.clone(),
+            vmm: path,
+        }),
+        ..v1::Open::default()
+    });
+    client.call(open, &[], |_| {}).unwrap();
+    std::fs::write(program.with_extension("hangs"), "").unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !program.with_extension("hung").exists() {
+        assert!(Instant::now() < deadline, "nobody looks at the program");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // Those who are connected, and those who connect now.
+    assert_eq!(list(&mut client).unwrap().len(), 2);
+    let (sender, answer) = std::sync::mpsc::channel();
+    let keeper = place.keeper();
+    std::thread::spawn(move || {
+        let listed = keeper.connect().and_then(|mut client| list(&mut client));
+        let _ = sender.send(listed.map(|all| all.len()));
+    });
+    let listed = answer.recv_timeout(Duration::from_secs(60));
+    assert_eq!(listed.expect("it is served").unwrap(), 2);
+}

@@ -212,7 +212,8 @@ fn open(shared: &Arc<Shared>, call: &v1::Open) -> Answered {
             let complete = (!opened.lazy).then_some(&memory);
             let vcpus = manifest.requirements.vcpus;
             let needs = complete.map(|memory| (memory, set.as_ref()));
-            ready = shared.ready.restoring(id, vcpus, programs, needs);
+            let system = &*shared.surroundings;
+            ready = shared.ready.restoring(id, vcpus, programs, needs, system);
         }
         descriptors.push(memory.into());
     }

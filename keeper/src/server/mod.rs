@@ -27,7 +27,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use belljar_store::{Settings, Store};
@@ -40,7 +40,7 @@ use crate::{HOT_VARIABLE, IDLE_VARIABLE, READY_VARIABLE, SOCKET, TEMPLATES_VARIA
 const IDLE: Duration = Duration::from_secs(20);
 /// Unless [`TEMPLATES_VARIABLE`] says.
 const TEMPLATE_BYTES: u64 = 8 << 30;
-/// Between two looks whether there is something to do that nobody asked for.
+/// Between two looks whether anybody needs it.
 const LOOK: Duration = Duration::from_millis(250);
 /// A keeper that is leaving gives its lock back within this time.
 const LEAVING: Duration = Duration::from_secs(10);
@@ -226,7 +226,10 @@ fn serve(surroundings: Arc<dyn Surroundings>) -> Result<(), ServerError> {
     if let Ok(null) = File::options().write(true).open("/dev/null") {
         let _ = rustix::stdio::dup2_stderr(null);
     }
+    let (serves, until) = mpsc::channel();
+    ready::begin(&shared, until).map_err(failed("start a thread"))?;
     accept_all(&listener, &shared)?;
+    drop(serves);
     shared.ready.clear();
     // Who connected in this moment is cut before Hello, and tries again.
     let _ = std::fs::remove_file(SOCKET);
@@ -238,11 +241,7 @@ fn accept_all(listener: &UnixListener, shared: &Arc<Shared>) -> Result<(), Serve
     let mut last_busy = Instant::now();
     loop {
         let mut set = [PollFd::new(listener, PollFlags::IN)];
-        let mut wait = idle.min(LOOK);
-        if let Some(next) = shared.ready.next() {
-            wait = wait.min(next.saturating_duration_since(Instant::now()));
-        }
-        let wait = Timespec::try_from(wait).unwrap_or(Timespec {
+        let wait = Timespec::try_from(idle.min(LOOK)).unwrap_or(Timespec {
             tv_sec: 1,
             tv_nsec: 0,
         });
@@ -263,7 +262,6 @@ fn accept_all(listener: &UnixListener, shared: &Arc<Shared>) -> Result<(), Serve
                 std::thread::sleep(Duration::from_millis(50));
             }
         }
-        ready::look_after(shared);
         if shared.busy.load(Ordering::SeqCst) > 0 {
             last_busy = Instant::now();
         } else if last_busy.elapsed() >= idle {

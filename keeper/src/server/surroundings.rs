@@ -1,5 +1,6 @@
 //! What the keeper takes from the system, as a trait: so that tests can fail any of it, or end the process there.
 
+use std::fs::Metadata;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -54,6 +55,14 @@ pub trait Surroundings: Send + Sync {
     /// # Errors
     /// What comes next has failed like this.
     fn at(&self, point: Point) -> io::Result<()>;
+
+    /// What is at a path that a client has named.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn look(&self, path: &Path) -> io::Result<Metadata> {
+        std::fs::metadata(path)
+    }
 }
 
 /// As it is.

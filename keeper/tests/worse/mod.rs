@@ -1,6 +1,7 @@
 //! Surroundings in which one thing goes wrong, at a planned moment.
 
 use std::any::Any;
+use std::fs::Metadata;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -161,6 +162,17 @@ impl Surroundings for Worse {
             folder: Folder::open(path)?,
             state: Arc::clone(&self.0),
         }))
+    }
+
+    /// What has a file `.hangs` beside it is on a server that does not answer.
+    fn look(&self, path: &Path) -> io::Result<Metadata> {
+        if path.with_extension("hangs").exists() {
+            std::fs::write(path.with_extension("hung"), "")?;
+            loop {
+                std::thread::park();
+            }
+        }
+        std::fs::metadata(path)
     }
 
     fn at(&self, point: Point) -> io::Result<()> {

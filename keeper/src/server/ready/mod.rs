@@ -5,28 +5,30 @@
 //! restores takes one that fits or does without. All of them end with this process: their supervisors wait for that at
 //! the socket they were started with. A supervisor is trusted little: one that is late is killed, and its VMM with it.
 
+mod fit;
 mod pool;
 
-use std::fs::{DirBuilder, File, Metadata};
+use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use belljar_store::SnapshotId;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use self::fit::{Fit, Needs, Target};
 use self::pool::Pool;
 use super::capture::memory;
 use super::templates::Part;
-use super::{Shared, locked, log};
+use super::{Shared, Surroundings, locked, log};
 use crate::READY_MODE;
 use crate::v1::{self, order::Order};
 use crate::wire::Connection;
@@ -44,6 +46,8 @@ const NAME: &str = "belljar-supervisor";
 const PREPARE_LIMIT: Duration = Duration::from_secs(15);
 /// One that was hung up on has ended within this time.
 const END_LIMIT: Duration = Duration::from_secs(2);
+/// Between two looks whether there is something to do that nobody asked for.
+const LOOK: Duration = Duration::from_millis(250);
 /// Of this machine's memory, what must be free so that another one is made: one part of so many.
 const FREE_SHARE: u64 = 16;
 
@@ -55,62 +59,6 @@ pub(crate) struct ReadyVmms {
     children: Mutex<Vec<Kid>>,
     /// Directories that were made for them.
     made: AtomicU64,
-}
-
-/// What was restored last, and by which programs.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Target {
-    id: SnapshotId,
-    vcpus: u32,
-    programs: v1::Programs,
-}
-
-/// What a VMM is prepared for, and what it is: it serves only what has all the same.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Fit {
-    target: Target,
-    memory: FileState,
-    /// What is brought in then.
-    set: Option<FileState>,
-    supervisor: FileState,
-    vmm: FileState,
-}
-
-/// Which file, in which state: another one, or one that was replaced, differs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct FileState {
-    device: u64,
-    inode: u64,
-    bytes: u64,
-    written: (i64, i64),
-}
-
-impl From<&Metadata> for FileState {
-    fn from(metadata: &Metadata) -> Self {
-        Self {
-            device: metadata.dev(),
-            inode: metadata.ino(),
-            bytes: metadata.len(),
-            written: (metadata.mtime(), metadata.mtime_nsec()),
-        }
-    }
-}
-
-/// Memory of a guest, and the recording of what it writes first, if there is one.
-type Needs<'a> = (&'a File, Option<&'a File>);
-
-impl Fit {
-    fn of(target: &Target, (memory, set): Needs<'_>) -> io::Result<Self> {
-        let programs = &target.programs;
-        let set = set.map(|set| Ok::<_, io::Error>((&set.metadata()?).into()));
-        Ok(Self {
-            set: set.transpose()?,
-            memory: (&memory.metadata()?).into(),
-            supervisor: (&std::fs::metadata(&programs.supervisor)?).into(),
-            vmm: (&std::fs::metadata(&programs.vmm)?).into(),
-            target: target.clone(),
-        })
-    }
 }
 
 /// A VMM that is prepared. Dropping it ends it.
@@ -142,6 +90,8 @@ struct Kid {
     dir: PathBuf,
     /// It is killed then; `None`: it waits, or has a sandbox.
     end_by: Option<Instant>,
+    /// Somebody waits for it to be prepared.
+    is_new: bool,
 }
 
 impl ReadyVmms {
@@ -165,6 +115,7 @@ impl ReadyVmms {
         vcpus: u32,
         programs: &v1::Programs,
         needs: Option<Needs<'_>>,
+        system: &dyn Surroundings,
     ) -> Option<(OwnedFd, OwnedFd)> {
         if locked(&self.pool).is_off() {
             return None;
@@ -174,7 +125,7 @@ impl ReadyVmms {
             vcpus,
             programs: programs.clone(),
         };
-        let fit = needs.and_then(|needs| Fit::of(&target, needs).ok());
+        let fit = needs.and_then(|needs| Fit::of(&target, needs, system).ok());
         *locked(&self.target) = Some(target);
         let fit = fit?;
         loop {
@@ -200,17 +151,38 @@ impl ReadyVmms {
         self.end(gone);
     }
 
-    /// None waits any more, until something is restored. True if any did, and has ended.
+    /// None waits any more, nor is made, until something is restored. True if there were any, which have ended.
     pub(super) fn clear(&self) -> bool {
         *locked(&self.target) = None;
-        let gone = locked(&self.pool).want(None, Instant::now());
-        let were = !gone.is_empty();
+        let (gone, was_making) = {
+            let mut pool = locked(&self.pool);
+            (pool.want(None, Instant::now()), pool.is_making())
+        };
+        let were = was_making || !gone.is_empty();
         self.end(gone);
         let deadline = Instant::now() + END_LIMIT;
-        while self.reap() && Instant::now() < deadline {
+        loop {
+            // The one that is made may not have been started before, and be wanted again by now.
+            let is_made_in_vain = {
+                let pool = locked(&self.pool);
+                pool.is_making() && pool.fit().is_none()
+            };
+            if is_made_in_vain {
+                self.kill_new();
+            }
+            let some_end = self.reap();
+            if !(some_end || is_made_in_vain) || Instant::now() >= deadline {
+                return were;
+            }
             std::thread::sleep(Duration::from_millis(2));
         }
-        were
+    }
+
+    /// Whoever waits for one that is being prepared sees its end.
+    fn kill_new(&self) {
+        for kid in locked(&self.children).iter_mut().filter(|kid| kid.is_new) {
+            let _ = kid.child.kill();
+        }
     }
 
     /// Hangs up on them.
@@ -226,6 +198,7 @@ impl ReadyVmms {
         for kid in locked(&self.children).iter_mut() {
             if kid.child.id() == pid {
                 kid.end_by = end_by;
+                kid.is_new = false;
             }
         }
     }
@@ -275,8 +248,8 @@ impl ReadyVmms {
         Ok(dir)
     }
 
-    /// When [`look_after`] has something to do.
-    pub(super) fn next(&self) -> Option<Instant> {
+    /// When another one is to be begun.
+    fn next(&self) -> Option<Instant> {
         locked(&self.pool).next()
     }
 }
@@ -289,14 +262,33 @@ fn own_bytes(pid: u32) -> u64 {
     kib.unwrap_or(0).saturating_mul(1024)
 }
 
-/// Ends what is not good any more, and begins to make what is missing. Takes no time.
-pub(super) fn look_after(shared: &Arc<Shared>) {
+/// [`look_after`]s them in a thread of its own, until the other end of the channel is dropped: it looks at paths that
+/// clients have named, and one on a server that is gone may take for ever. Then no VMM is made ready, and that is all.
+pub(super) fn begin(shared: &Arc<Shared>, until: mpsc::Receiver<()>) -> io::Result<()> {
+    let shared = Arc::clone(shared);
+    let look = move || {
+        loop {
+            let next = shared.ready.next();
+            let next = next.map(|next| next.saturating_duration_since(Instant::now()));
+            let wait = next.unwrap_or(LOOK).min(LOOK);
+            if until.recv_timeout(wait) != Err(mpsc::RecvTimeoutError::Timeout) {
+                return;
+            }
+            look_after(&shared);
+        }
+    };
+    let thread = std::thread::Builder::new().name("pool".to_owned());
+    thread.spawn(look).map(drop)
+}
+
+/// Ends what is not good any more, and begins to make what is missing.
+fn look_after(shared: &Arc<Shared>) {
     let ready = &shared.ready;
     ready.reap();
     let target = locked(&ready.target).clone();
     let fit = target.and_then(|target| {
         let (memory, set) = current(shared, target.id)?;
-        Fit::of(&target, (&memory, set.as_ref())).ok()
+        Fit::of(&target, (&memory, set.as_ref()), &*shared.surroundings).ok()
     });
     let now = Instant::now();
     let (gone, wanted) = {
@@ -315,8 +307,10 @@ pub(super) fn look_after(shared: &Arc<Shared>) {
         if let Err(error) = &made {
             log::line(&format!("no VMM is made ready: {error}"));
         }
-        let unwanted = locked(&with.ready.pool).made(made.ok(), Instant::now());
-        with.ready.end(unwanted);
+        let ready = &with.ready;
+        // Whoever clears sees it being made, or being ended.
+        let mut pool = locked(&ready.pool);
+        ready.end(pool.made(made.ok(), Instant::now()));
     };
     let spawned = std::thread::Builder::new()
         .name("ready".to_owned())
@@ -340,7 +334,7 @@ fn make(shared: &Shared, fit: &Fit) -> io::Result<Waiting> {
     drop(shared.recordings.get(fit.target.id));
     let needs = current(shared, fit.target.id).ok_or(io::ErrorKind::NotFound)?;
     let needs = (&needs.0, needs.1.as_ref());
-    if Fit::of(&fit.target, needs)? != *fit {
+    if Fit::of(&fit.target, needs, &*shared.surroundings)? != *fit {
         return Err(io::Error::other("its files are others now"));
     }
     enough_memory()?;
@@ -398,6 +392,7 @@ fn start(
         child,
         dir,
         end_by: Some(Instant::now() + PREPARE_LIMIT),
+        is_new: true,
     });
     Ok((pid, supervisor?))
 }
@@ -432,23 +427,83 @@ fn prepare(
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::io::Read;
 
-    #[test]
-    fn one_that_is_late_is_killed_and_its_directory_goes() {
-        let keep = tempfile::tempdir().unwrap();
-        let ready = ReadyVmms {
+    use super::*;
+    use crate::server::surroundings::Undisturbed;
+
+    fn bare() -> ReadyVmms {
+        ReadyVmms {
             pool: Mutex::new(Pool::new(1)),
             target: Mutex::default(),
             children: Mutex::default(),
             made: AtomicU64::new(0),
+        }
+    }
+
+    #[test]
+    fn one_that_is_being_prepared_is_ended_when_none_is_wanted() {
+        let keep = tempfile::tempdir().unwrap();
+        let dir = keep.path().join("new");
+        std::fs::create_dir(&dir).unwrap();
+        let memory = tempfile::tempfile().unwrap();
+        let target = Target {
+            id: SnapshotId([1; 16]),
+            vcpus: 1,
+            programs: v1::Programs {
+                supervisor: keep.path().display().to_string(),
+                vmm: keep.path().display().to_string(),
+            },
         };
+        let fit = Fit::of(&target, (&memory, None), &Undisturbed).unwrap();
+        let ready = bare();
+        let now = Instant::now();
+        let long = now + Duration::from_secs(1000);
+        {
+            let mut pool = locked(&ready.pool);
+            assert!(pool.want(Some(fit), now).is_empty());
+            assert!(pool.begin(long).is_some());
+        }
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let child = Command::new("sleep")
+            .arg("1000")
+            .stdout(OwnedFd::from(theirs))
+            .spawn()
+            .unwrap();
+        locked(&ready.children).push(Kid {
+            child,
+            dir: dir.clone(),
+            end_by: Some(long),
+            is_new: true,
+        });
+        std::thread::scope(|scope| {
+            // Who makes it waits for its answer.
+            scope.spawn(|| {
+                assert_eq!(ours.read(&mut [0; 9]).unwrap(), 0);
+                let mut pool = locked(&ready.pool);
+                ready.end(pool.made(None, now));
+            });
+            assert!(ready.clear(), "there was one");
+            assert!(locked(&ready.children).is_empty() && !dir.exists());
+        });
+        assert!(!ready.clear(), "there is none");
+    }
+
+    #[test]
+    fn one_that_is_late_is_killed_and_its_directory_goes() {
+        let keep = tempfile::tempdir().unwrap();
+        let ready = bare();
         let start = |name: &str, end_by| {
             let dir = keep.path().join(name);
             std::fs::create_dir(&dir).unwrap();
             let child = Command::new("sleep").arg("1000").spawn().unwrap();
             let pid = child.id();
-            locked(&ready.children).push(Kid { child, dir, end_by });
+            locked(&ready.children).push(Kid {
+                child,
+                dir,
+                end_by,
+                is_new: false,
+            });
             pid
         };
         let (long, now) = (Duration::from_secs(1000), Instant::now());
@@ -472,36 +527,5 @@ mod tests {
         }
         assert_eq!(all(), 0);
         assert_eq!(std::fs::read_dir(keep.path()).unwrap().count(), 0);
-    }
-
-    #[test]
-    fn another_file_or_program_does_not_fit() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = |name: &str| {
-            let path = dir.path().join(name);
-            std::fs::write(&path, name).unwrap();
-            path.to_str().unwrap().to_owned()
-        };
-        let target = Target {
-            id: SnapshotId([1; 16]),
-            vcpus: 1,
-            programs: v1::Programs {
-                supervisor: path("supervisor"),
-                vmm: path("vmm"),
-            },
-        };
-        let memory = File::open(path("memory")).unwrap();
-        let set = File::open(path("set")).unwrap();
-        let fit = |set| Fit::of(&target, (&memory, set)).unwrap();
-        let first = fit(None);
-        assert_eq!(first, fit(None));
-        assert_ne!(first, fit(Some(&set)));
-        let other = File::open(path("other")).unwrap();
-        assert_ne!(first, Fit::of(&target, (&other, None)).unwrap());
-        // A program of the same name, in the place of the other one.
-        std::fs::rename(path("new"), &target.programs.vmm).unwrap();
-        assert_ne!(first, fit(None));
-        std::fs::remove_file(&target.programs.vmm).unwrap();
-        assert!(Fit::of(&target, (&memory, None)).is_err());
     }
 }

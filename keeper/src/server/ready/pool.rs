@@ -113,6 +113,11 @@ impl<F: Clone + PartialEq, E> Pool<F, E> {
         }
     }
 
+    /// One was begun, and nobody has said what became of it.
+    pub(super) const fn is_making(&self) -> bool {
+        self.making.is_some()
+    }
+
     /// What is wanted.
     pub(super) const fn fit(&self) -> Option<&F> {
         self.fit.as_ref()
