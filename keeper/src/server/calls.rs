@@ -4,11 +4,12 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, Seek, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
-use belljar_store::{Imported, Reader, Snapshot, SnapshotId};
+use belljar_store::{Imported, Reader, Sink, Snapshot, SnapshotId};
 use rustix::fs::SealFlags;
 
 use super::attended::Attended;
@@ -241,15 +242,19 @@ fn not_lazy(error: &v1::Error) {
     log::line(&format!("a template is made first: {}", error.message));
 }
 
-/// A complete template of memory; one that is being made is waited for.
+/// A complete template of memory; one that is being made is waited for, or made here if that was ahead of time.
 fn memory_now(shared: &Arc<Shared>, reader: &Reader) -> Result<Option<File>, v1::Error> {
     let length = reader.image(images::MEMORY)?.length;
     let id = reader.manifest().id;
     let turn = shared.templates.turn(id, Part::Memory);
-    let _held = super::locked(&turn);
-    let Some(template) = shared.templates.get(id, Part::Memory, length) else {
-        shared.hot.remove(id);
-        return Ok(None);
+    let held = turn.hold();
+    let template = match shared.templates.get(id, Part::Memory, length) {
+        Some(template) => template,
+        None if held.was_given_up() => template(shared, reader, Part::Memory, Some(&held))?.0,
+        None => {
+            shared.hot.remove(id);
+            return Ok(None);
+        }
     };
     let hot = shared.hot.get(id);
     if hot.is_none() {
@@ -332,8 +337,23 @@ pub(super) fn fill_ahead(shared: &Shared, id: SnapshotId, part: Part, held: &Hel
         Some(_) => template(shared, &reader, part, Some(held)).map(drop),
         None => Ok(()),
     });
-    if let Err(error) = filled {
+    if let Err(error) = filled
+        && !held.was_given_up()
+    {
         log::line(&format!("no template of snapshot {id}: {}", error.message));
+    }
+}
+
+/// Where a template's bytes go, as long as whoever fills it is not to give way.
+struct Giving<'a> {
+    file: &'a File,
+    held: Option<&'a Held<'a>>,
+}
+
+impl Sink for Giving<'_> {
+    fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.held.map_or(Ok(()), Held::go_on)?;
+        self.file.write_all_at(bytes, offset)
     }
 }
 
@@ -349,7 +369,7 @@ fn template(
     let fill = |file: &File| {
         room_for(shared, data).map_err(Refused)?;
         reader
-            .restore(part.image(), file, 0)
+            .restore(part.image(), &Giving { file, held }, 0)
             .map_err(|error| Refused(error.into()))?;
         Ok(())
     };

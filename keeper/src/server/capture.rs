@@ -331,14 +331,15 @@ pub(super) fn keep(busy: Busy, files: Files, keep: v1::Keep) -> Result<Storing, 
             (Ok(_), true) => &[Part::Disk],
             (Ok(_), false) => &[Part::Memory, Part::Disk],
         };
-        // Whoever wants to restore it now waits for these, and does not make them a second time.
+        // Whoever wants to restore it now waits for these, and does not make them a second time; what is not made by
+        // then it makes itself, at once: this thread may have little of the processor's time from here on.
         let turns: Vec<_> = parts
             .iter()
             .map(|part| shared.templates.turn(id, *part))
             .collect();
         let held: Vec<_> = parts
             .iter()
-            .zip(turns.iter().map(|turn| locked(turn)))
+            .zip(turns.iter().map(|turn| turn.hold_ahead()))
             .collect();
         drop(ending);
         // Whoever asked may have gone.
@@ -348,6 +349,9 @@ pub(super) fn keep(busy: Busy, files: Files, keep: v1::Keep) -> Result<Storing, 
         for (part, turn) in held {
             calls::fill_ahead(shared, id, *part, &turn);
             drop(turn);
+        }
+        for turn in &turns {
+            turn.wait_for_who_took_over();
         }
         calls::settle(shared, id);
     };

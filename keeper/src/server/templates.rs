@@ -11,8 +11,9 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use belljar_store::SnapshotId;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
@@ -46,10 +47,73 @@ impl Part {
     }
 }
 
-/// Locked by whoever fills a template.
-pub(super) type Turn = Arc<Mutex<()>>;
-/// Proof that it is locked.
-pub(super) type Held<'a> = MutexGuard<'a, ()>;
+/// Of whoever fills a template.
+#[derive(Debug, Default)]
+pub(super) struct Turn {
+    lock: Mutex<()>,
+    /// How many want it.
+    waiting: AtomicUsize,
+    /// Somebody who filled it ahead has given way, and sees to the rest when it is made.
+    given_up: AtomicBool,
+}
+
+impl Turn {
+    /// For whoever needs the template.
+    pub(super) fn hold(&self) -> Held<'_> {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let lock = locked(&self.lock);
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        Held {
+            turn: self,
+            gives_way: false,
+            _lock: lock,
+        }
+    }
+
+    /// For whoever fills it before somebody asks, with less of the processor's time than those who do: it gives way.
+    pub(super) fn hold_ahead(&self) -> Held<'_> {
+        Held {
+            gives_way: true,
+            ..self.hold()
+        }
+    }
+
+    /// For whoever gave way: returns when whoever needed it has made it, or could not.
+    pub(super) fn wait_for_who_took_over(&self) {
+        if !self.given_up.load(Ordering::SeqCst) {
+            return;
+        }
+        // The lock alone could be had before somebody who waits for it.
+        while self.waiting.load(Ordering::SeqCst) > 0 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let _held = self.hold();
+        self.given_up.store(false, Ordering::SeqCst);
+    }
+}
+
+/// Proof that a turn is somebody's.
+pub(super) struct Held<'a> {
+    turn: &'a Turn,
+    gives_way: bool,
+    _lock: MutexGuard<'a, ()>,
+}
+
+impl Held<'_> {
+    /// Fails when whoever fills it is to give way.
+    pub(super) fn go_on(&self) -> io::Result<()> {
+        if self.gives_way && self.turn.waiting.load(Ordering::SeqCst) > 0 {
+            self.turn.given_up.store(true, Ordering::SeqCst);
+            return Err(io::Error::other("somebody else needs it at once"));
+        }
+        Ok(())
+    }
+
+    /// It was being filled ahead, and is not any more.
+    pub(super) fn was_given_up(&self) -> bool {
+        self.turn.given_up.load(Ordering::SeqCst)
+    }
+}
 
 /// What the record of a template ends with.
 const RECORD: &str = "ok";
@@ -61,7 +125,7 @@ pub(crate) struct Templates {
     /// Complete, but perhaps not durable.
     fresh: Mutex<HashMap<(SnapshotId, Part), Arc<File>>>,
     /// One lock for each that is being filled.
-    filling: Mutex<HashMap<(SnapshotId, Part), Turn>>,
+    filling: Mutex<HashMap<(SnapshotId, Part), Arc<Turn>>>,
     /// Held while names are given.
     naming: Mutex<()>,
     surroundings: Arc<dyn Surroundings>,
@@ -160,11 +224,12 @@ impl Templates {
     }
 
     /// The lock of a template that may be filled.
-    pub(super) fn turn(&self, id: SnapshotId, part: Part) -> Turn {
+    pub(super) fn turn(&self, id: SnapshotId, part: Part) -> Arc<Turn> {
         Arc::clone(locked(&self.filling).entry((id, part)).or_default())
     }
 
-    /// A complete one, for reading; made by `fill` if there is none. Whether it was there.
+    /// A complete one, for reading; made by `fill` if there is none. Whether it was there, or
+    /// somebody was about to have it there.
     pub(super) fn get_or_fill<E: From<io::Error>>(
         &self,
         id: SnapshotId,
@@ -173,7 +238,7 @@ impl Templates {
         fill: impl FnOnce(&File) -> Result<(), E>,
     ) -> Result<(File, bool), E> {
         let turn = self.turn(id, part);
-        let held = locked(&turn);
+        let held = turn.hold();
         self.get_or_fill_held(id, part, length, &held, fill)
     }
 
@@ -183,7 +248,7 @@ impl Templates {
         id: SnapshotId,
         part: Part,
         length: u64,
-        _held: &Held<'_>,
+        held: &Held<'_>,
         fill: impl FnOnce(&File) -> Result<(), E>,
     ) -> Result<(File, bool), E> {
         if let Some(file) = self.get(id, part, length) {
@@ -198,7 +263,7 @@ impl Templates {
         let shared = read_only(&file)?;
         locked(&self.fresh).insert((id, part), Arc::new(file));
         locked(&self.filling).remove(&(id, part));
-        Ok((shared, false))
+        Ok((shared, held.was_given_up()))
     }
 
     /// Makes what was filled durable, and keeps within the budget. What fails is only not cached.
@@ -398,6 +463,39 @@ mod tests {
         templates.remove(id(1));
         assert_eq!(templates.bytes(), 0);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn who_fills_ahead_gives_way_to_who_needs_it() {
+        let (_dir, templates) = templates(1 << 30);
+        let turn = templates.turn(id(1), Part::Memory);
+        let ahead = turn.hold_ahead();
+        let fill = |file: &File| -> io::Result<()> { (&mut &*file).write_all(b"filled") };
+        std::thread::scope(|scope| {
+            let needs = scope.spawn(|| templates.get_or_fill(id(1), Part::Memory, 6, fill));
+            // As long as nobody needs it, it goes on.
+            let slowly = |_: &File| loop {
+                ahead.go_on()?;
+                std::thread::yield_now();
+            };
+            let filled: io::Result<_> =
+                templates.get_or_fill_held(id(1), Part::Memory, 6, &ahead, slowly);
+            assert!(filled.is_err());
+            drop(ahead);
+            turn.wait_for_who_took_over();
+            // Whoever comes now finds it.
+            assert!(templates.get(id(1), Part::Memory, 6).is_some());
+            let (mut file, was_there) = needs.join().unwrap().unwrap();
+            assert!(was_there, "as if it had been waited for");
+            let mut text = String::new();
+            file.read_to_string(&mut text).unwrap();
+            assert_eq!(text, "filled");
+        });
+        // Whoever needs it gives way to nobody.
+        let turn = templates.turn(id(2), Part::Memory);
+        let held = turn.hold();
+        turn.waiting.fetch_add(1, Ordering::SeqCst);
+        assert!(held.go_on().is_ok() && !held.was_given_up());
     }
 
     #[test]
