@@ -168,6 +168,8 @@ pub(super) struct Capture {
     files: Files,
     plan: Plan,
     room: Option<Room>,
+    /// Somebody else brings pages in, and may not have some.
+    is_handled: bool,
     pub(super) phases: Phases,
     changes: Arc<Mutex<Changes>>,
     /// Taken when it is written, or has failed.
@@ -224,6 +226,7 @@ impl Capture {
             room: before
                 .room
                 .filter(|_| memory.faults.is_none() || taken.is_there()),
+            is_handled: memory.faults.is_some(),
             phases: Phases {
                 state_us,
                 scan_us: us(started.elapsed()).saturating_sub(state_us),
@@ -246,6 +249,10 @@ impl Capture {
         let started = Instant::now();
         self.freeze_layers()?;
         self.phases.layers_us = us(started.elapsed());
+        if self.is_handled && self.room.is_some() && !self.plan.can_be_had() {
+            // Copying it here would end the guest; a copy of this process fails, and says why.
+            self.room = None;
+        }
         let behind = match self.room.take().and_then(|room| self.plan.copy(room)) {
             Some(copied) => Behind::Copied(copied),
             None => {

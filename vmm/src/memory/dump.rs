@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 
+use super::handled::bring_in;
 use super::ranges::RangeSet;
 use super::room::Room;
 use super::{GuestRam, Slot, scan, slots};
@@ -140,6 +141,16 @@ impl Plan {
             bytes: to,
             pieces,
             len: self.len,
+        })
+    }
+
+    /// Whether the kernel can give all that is to be written. Otherwise whoever touches it, and does not have it
+    /// written by a system call, is ended.
+    pub fn can_be_had(&self) -> bool {
+        let mut parts = self.parts.iter();
+        parts.all(|Part { slot, ranges, .. }| {
+            let mut ranges = ranges.iter();
+            ranges.all(|range| bring_in(slot, range.clone()).is_ok())
         })
     }
 

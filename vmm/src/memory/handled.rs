@@ -140,8 +140,8 @@ impl AsFd for Faults {
     }
 }
 
-/// Fails with the offset in the region.
-fn bring_in(slot: &Slot, range: Range<u64>) -> Result<(), (u64, io::Error)> {
+/// Has the pages of a part of a region brought in; fails with the offset in the region.
+pub(super) fn bring_in(slot: &Slot, range: Range<u64>) -> Result<(), (u64, io::Error)> {
     let mut at = range.start;
     while at < range.end {
         let len = STEP.min(range.end - at);

@@ -242,6 +242,10 @@ fn a_page_that_cannot_be_had_ends_the_guest() {
     let _handler = Handler::start(dir, &["--poison", &unused]);
     let vmm = loading(dir, "out3", LOAD);
     wait_for(&dir.join("out3"), 800);
+    // Nobody has asked for it yet, and the increments below have something to build on.
+    let base = r#"{"snapshot_type": "Diff", "snapshot_path": "s0", "mem_file_path": "m0", "resume_vm": true}"#;
+    let taken = vmm.call("PUT", "/snapshot/create", base);
+    assert!(taken.body.contains("paused_us"), "{taken:?}");
     vmm.patch(PAUSE);
     let refused = vmm.call(
         "PUT",
@@ -256,10 +260,19 @@ fn a_page_that_cannot_be_had_ends_the_guest() {
     );
     assert!(!dir.join("m").exists());
     // From now on it may be one that the guest had, as far as the kernel tells: it is told, whoever writes.
-    for resume in ["false", "true"] {
+    for (kind, resume) in [
+        ("Diff", "false"),
+        ("Diff", "true"),
+        ("Increment", "true"),
+        ("Increment", "false"),
+    ] {
         let body = format!(
-            r#"{{"snapshot_type": "Diff", "snapshot_path": "s", "mem_file_path": "m{resume}", "resume_vm": {resume}}}"#
+            r#"{{"snapshot_type": "{kind}", "snapshot_path": "s", "mem_file_path": "m{resume}", "resume_vm": {resume}}}"#
         );
+        if resume == "true" {
+            // As nodes have it: it is looked at ahead, and copied.
+            vmm.patch(RESUME);
+        }
         let refused = vmm.call("PUT", "/snapshot/create", &body);
         assert!(
             refused.refused().contains("RAM cannot be had"),
