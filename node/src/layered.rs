@@ -173,7 +173,8 @@ impl Layered {
     /// Makes this the sandbox's disk; the files of the one before go.
     ///
     /// # Errors
-    /// A file is not there any more, or the record cannot be written: the disk is the one before.
+    /// A file is not there any more, or the record cannot be written: the disk is the one before. If it was written,
+    /// and only cannot be made durable, it is this one; the files of both are there.
     pub fn install(&self, dir: &SandboxDir, durably: bool) -> Result<(), LayersError> {
         self.open(dir)?;
         self.record(dir, durably)?;
@@ -196,9 +197,10 @@ impl Layered {
         }
     }
 
-    /// Removes files that were made, and will not be installed.
+    /// Removes files that were made, and will not be installed. If they were all the same, as far as the record
+    /// tells, they stay.
     pub fn discard(&self, dir: &SandboxDir) {
-        for name in self.names() {
+        for name in self.names().filter(|name| !may_be_named(dir, name)) {
             let _ = std::fs::remove_file(dir.file(name));
         }
     }
@@ -219,7 +221,8 @@ impl Layered {
     /// and written down. Returns its name. For whoever keeps others from taking a snapshot.
     ///
     /// # Errors
-    /// There are too many, or it cannot be made; nothing has changed then.
+    /// There are too many, or it cannot be made; nothing has changed then. Or it cannot be made durable: then it is
+    /// made and written down, for whoever comes next.
     pub fn next(
         &mut self,
         dir: &SandboxDir,
@@ -242,8 +245,10 @@ impl Layered {
         let name = empty_layer(dir, below.size, below.id)?;
         self.layers.push(name.clone());
         if let Err(error) = self.record(dir, durably) {
-            self.layers.pop();
-            let _ = std::fs::remove_file(dir.file(&name));
+            if !may_be_named(dir, &name) {
+                self.layers.pop();
+                let _ = std::fs::remove_file(dir.file(&name));
+            }
             return Err(error);
         }
         Ok((files, name))
@@ -387,6 +392,16 @@ fn number_of(name: &str) -> Option<u32> {
     (plain && (extension == BASE || extension == LAYER))
         .then(|| number.parse().ok())
         .flatten()
+}
+
+/// Whether the record may name that file: it does, or cannot be read. One that could not be written durably may have
+/// been written.
+fn may_be_named(dir: &SandboxDir, name: &str) -> bool {
+    let record: Result<Option<Layered>, _> = dir.read_record(state::DISK_RECORD);
+    match record {
+        Ok(record) => record.is_some_and(|of| of.names().any(|named| named == name)),
+        Err(_) => true,
+    }
 }
 
 fn open(dir: &SandboxDir, name: &str) -> Result<File, LayersError> {

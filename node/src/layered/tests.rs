@@ -2,6 +2,7 @@
 //! stays what it was.
 use super::*;
 use crate::sandbox::small_disk;
+use crate::state::failing;
 use belljar_layers::Stack;
 use proptest::prelude::*;
 use std::os::unix::fs::FileExt;
@@ -485,4 +486,33 @@ fn what_cannot_be_made_leaves_nothing_and_bad_records_are_told() {
     std::fs::remove_file(one.dir.file(state::DISK_RECORD)).unwrap();
     assert_eq!(Layered::of(&one.dir).unwrap(), None);
     assert!(fits(1 << 40) && !fits((1 << 40) + 4096) && !fits(0) && !fits(4097));
+}
+
+#[test]
+fn a_record_that_was_written_and_cannot_be_made_durable_names_files_that_are_there() {
+    let mut one = Played::fresh();
+    one.take(&Step::Write(0, 1024, 7));
+    let path = one.dir.path().to_path_buf();
+    // A snapshot: what it wrote down is a spare layer, for the next one or to go before the next start.
+    let mut disk = Layered::of(&one.dir).unwrap().unwrap();
+    let failed = failing::with(&path, || disk.next(&one.dir, true).map(drop));
+    assert!(failed.unwrap_err().to_string().contains("write back"));
+    assert_eq!(Layered::of(&one.dir).unwrap().unwrap(), disk);
+    assert_eq!(disk.layers.len(), 2);
+    disk.open(&one.dir).unwrap();
+    let (_, name) = disk.next(&one.dir, true).unwrap();
+    assert_eq!(Some(&name), disk.layers.last());
+    one.take(&Step::Kill);
+    // A reset: whoever puts the disk in its place, and then gives it up, leaves both.
+    let before = Layered::of(&one.dir).unwrap().unwrap();
+    let other = vec![9; SIZE as usize];
+    let made = Layered::make(&one.dir, &file(&other), &[], true).unwrap();
+    assert!(failing::with(&path, || made.install(&one.dir, true)).is_err());
+    made.discard(&one.dir);
+    assert_eq!(Layered::of(&one.dir).unwrap().as_ref(), Some(&made));
+    made.open(&one.dir).unwrap();
+    before.open(&one.dir).unwrap();
+    one.vmm = None;
+    one.model = other;
+    one.start();
 }

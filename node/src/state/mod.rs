@@ -29,6 +29,8 @@
 mod names;
 mod process;
 mod records;
+#[cfg(test)]
+pub(crate) use records::failing;
 pub mod spec;
 
 use std::fs::{self, DirBuilder, File, OpenOptions};

@@ -30,6 +30,8 @@ impl SandboxDir {
         record: &impl Serialize,
     ) -> Result<(), StateError> {
         self.replace_record(name, record, true)?;
+        #[cfg(test)]
+        failing::reach(&self.path).map_err(io_error("write back", &self.path))?;
         let synced = File::open(&self.path).and_then(|dir| dir.sync_all());
         synced.map_err(io_error("write back", &self.path))
     }
@@ -119,6 +121,33 @@ impl SandboxDir {
         let owner: Option<Owner> = self.read_record(OWNER).ok().flatten();
         if let Some(cgroup) = owner.and_then(|owner| owner.cgroup) {
             crate::cgroup::remove(&cgroup);
+        }
+    }
+}
+
+/// A failing disk under the directory of a test.
+#[cfg(test)]
+pub(crate) mod failing {
+    use std::cell::RefCell;
+    use std::io;
+    use std::path::{Path, PathBuf};
+
+    thread_local! {
+        static UNDER: RefCell<Option<PathBuf>> = const { RefCell::new(None) };
+    }
+
+    /// While this runs in this thread, the names in that directory cannot be made durable.
+    pub(crate) fn with<T>(dir: &Path, run: impl FnOnce() -> T) -> T {
+        UNDER.set(Some(dir.to_path_buf()));
+        let done = run();
+        UNDER.set(None);
+        done
+    }
+
+    pub(super) fn reach(dir: &Path) -> io::Result<()> {
+        match UNDER.with_borrow(|under| under.as_deref() == Some(dir)) {
+            true => Err(rustix::io::Errno::IO.into()),
+            false => Ok(()),
         }
     }
 }
