@@ -34,6 +34,10 @@ const TAKE_LIMIT: Duration = Duration::from_secs(2);
 const API_RETRY: Duration = Duration::from_micros(300);
 /// An order that has begun to arrive is here within this time.
 const ORDER_LIMIT: Duration = Duration::from_secs(2);
+/// Where the kernel is told how readily it shall end a process for want of memory (proc_pid_oom_score_adj(5)).
+const OOM_SCORE: &str = "oom_score_adj";
+/// Before any other.
+const FIRST_TO_GO: &str = "1000";
 /// Of what a VMM says that cannot be prepared.
 const LAST_WORDS: &str = "vmm.log";
 
@@ -71,6 +75,7 @@ pub(super) fn main(mut arguments: impl Iterator<Item = OsString>) -> u8 {
 struct Waiting {
     _place: Place,
     vmm: Vmm,
+    expendable: Option<Expendable>,
     signals: SignalFd,
     /// A connection to the VMM, when it is prepared.
     api: Option<UnixStream>,
@@ -82,6 +87,27 @@ struct Place(PathBuf);
 impl Drop for Place {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A process that ends first for want of memory: nobody misses a VMM that waits. Whoever may raise the score may set it
+/// back to what it was, which needs no privilege as long as it is not less.
+struct Expendable {
+    path: PathBuf,
+    usual: String,
+}
+
+impl Expendable {
+    fn make(pid: u32) -> io::Result<Self> {
+        let path = Path::new("/proc").join(pid.to_string()).join(OOM_SCORE);
+        let usual = std::fs::read_to_string(&path)?;
+        std::fs::write(&path, FIRST_TO_GO)?;
+        Ok(Self { path, usual })
+    }
+
+    /// It is like any other.
+    fn end(self) -> io::Result<()> {
+        std::fs::write(self.path, self.usual.trim())
     }
 }
 
@@ -102,6 +128,8 @@ impl Waiting {
         let vmm = Vmm::spawn(program, &arguments)?;
         Ok(Self {
             _place: place,
+            // Where that cannot be it is as any other.
+            expendable: Expendable::make(vmm.child.id()).ok(),
             vmm,
             signals,
             api: None,
@@ -215,6 +243,8 @@ impl Waiting {
         if (named.dev(), named.ino()) != (given.st_dev, given.st_ino) {
             return Err(io::Error::other("another directory is at that path"));
         }
+        // Rather none than one whose guest would be the first to go.
+        self.expendable.take().map_or(Ok(()), Expendable::end)?;
         let mut api = self
             .api
             .take()
@@ -242,5 +272,43 @@ impl Waiting {
         let control_socket = UnixListener::bind(state::CONTROL_SOCKET)?;
         let supervisor = Supervisor::own(dir.clone(), self.signals, control_socket, self.vmm)?;
         Ok((dir, supervisor))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+    use crate::state::StateRoot;
+
+    #[test]
+    fn one_that_waits_is_the_first_to_go_and_one_with_a_sandbox_is_not() {
+        let keep = tempfile::tempdir().unwrap();
+        let program = keep.path().join("vmm");
+        fs::write(&program, "#!/bin/sh\nexec sleep 1000\n").unwrap();
+        fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+        let place = keep.path().join("place");
+        fs::create_dir(&place).unwrap();
+        let waiting = Waiting::start(&place, &program.into()).unwrap();
+        let score = |pid: &str| {
+            let text = fs::read_to_string(format!("/proc/{pid}/oom_score_adj"));
+            text.unwrap().trim().to_owned()
+        };
+        let pid = waiting.vmm.child.id();
+        assert_eq!(score(&pid.to_string()), FIRST_TO_GO);
+        // Before anything else is done with it: here it has no connection to its VMM.
+        let root = StateRoot::at(keep.path()).unwrap();
+        let (dir, lock) = root.create().unwrap();
+        let take = keeper::Take {
+            dir: dir.path().to_str().unwrap().to_owned(),
+        };
+        let directory = fs::File::open(dir.path()).unwrap();
+        let taken = waiting.take(&take, vec![directory.into(), lock.into()]);
+        assert!(taken.is_err_and(|error| error.to_string().contains("not prepared")));
+        assert_eq!(score(&pid.to_string()), score("self"));
+        let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
     }
 }
