@@ -4,6 +4,8 @@ mod create;
 mod error;
 #[cfg(test)]
 mod faults;
+#[cfg(test)]
+mod handed_over;
 mod plan;
 mod record;
 mod restore;
