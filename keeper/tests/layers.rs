@@ -7,9 +7,11 @@
 )]
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 
 use belljar_keeper::client::{Client, KeeperError};
 use belljar_keeper::v1::{self, error::Code, reply::Result as Answer, request::Call};
@@ -236,6 +238,44 @@ fn of_a_disk_whose_layers_are_known_only_new_ones_are_read() {
     let whole = keep(&mut client, &disk.frozen(), 2).unwrap();
     let (_, files) = open(&mut client, &whole).unwrap();
     disk.model[4096..8192].fill(9);
+    assert!(content(&files[0]) == disk.model);
+}
+
+/// Files of packs there are.
+fn packs(place: &Place) -> BTreeSet<PathBuf> {
+    let entries = std::fs::read_dir(place.path().join("store/packs")).unwrap();
+    entries.map(|entry| entry.unwrap().path()).collect()
+}
+
+#[test]
+fn what_the_base_has_lost_of_its_disk_is_stored_again() {
+    let place = Place::new();
+    let mut client = place.connect();
+    let mut disk = Disk::new();
+    disk.write(4096, &[1; 8192]);
+    disk.freeze();
+    keep(&mut client, &disk.frozen(), 1).unwrap();
+    let lost = packs(&place);
+    // Another state of the same content: of what it consists is known, and which layer it is of is new.
+    disk.freeze();
+    let base = keep(&mut client, &disk.frozen(), 2).unwrap();
+    assert!(packs(&place).len() > lost.len());
+    drop(client);
+    place.kill();
+    for pack in &lost {
+        std::fs::remove_file(pack).unwrap();
+    }
+    common::forget_templates(&place.path());
+    let mut client = place.connect();
+    assert!(open(&mut client, &base).is_err(), "it has lost its disk");
+    disk.write(0, &[2; 4096]);
+    disk.freeze();
+    let next = keep_since(&mut client, &base, &disk.frozen(), 3).unwrap();
+    let (_, files) = open(&mut client, &next).unwrap();
+    assert!(content(&files[0]) == disk.model);
+    // What it has stored makes the base good again.
+    let (_, files) = open(&mut client, &base).unwrap();
+    disk.model[..4096].fill(0);
     assert!(content(&files[0]) == disk.model);
 }
 
