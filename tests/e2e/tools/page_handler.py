@@ -3,7 +3,7 @@
     page_handler.py SOCKET MEMORY_FILE [--poison OFFSET] [--mute OFFSET] [--fill TEMPLATE]
 
 Says "ready" when it listens, and serves one VMM. Pages come from MEMORY_FILE, 64 KiB at a time. --poison: the
-page at OFFSET is given as broken. --mute: that one never comes. --fill: they are written to TEMPLATE, which
+page at OFFSET is given as broken, when it is needed or at SIGUSR1; then it says "poisoned". --mute: that one never comes. --fill: they are written to TEMPLATE, which
 RAM is a private view of.
 """
 import argparse
@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import select
+import signal
 import socket
 import struct
 
@@ -94,6 +95,14 @@ def give(at):
                 call(UFFDIO_WAKE, host + at, PAGE)
 
 
+def poison_now(*_):
+    region = next(r for r in regions if 0 <= args.poison - r["offset"] < r["size"])
+    page = region["base_host_virt_addr"] + args.poison - region["offset"]
+    call(UFFDIO_POISON, page, PAGE, 0, 0)
+    print("poisoned", flush=True)
+
+
+signal.signal(signal.SIGUSR1, poison_now)
 waiting = []
 
 
