@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::thread;
 
+use super::failing::with_eio;
 use super::small_disk::{Ballast, in_a_namespace, mount, mount_small};
 use super::*;
 
@@ -103,6 +104,62 @@ fn what_does_not_fit_leaves_what_was_there_and_a_guest_that_goes_on() {
     merge(&dir.join("base"), &small.join("ram"));
     vmm.kill();
     restores(dir, "small/state", "base");
+}
+
+#[test]
+fn what_the_disk_does_not_take_leaves_what_was_there_and_a_guest_that_goes_on() {
+    if !has_kvm() {
+        return;
+    }
+    let dir = directory();
+    let dir = dir.path();
+    second_disk(dir);
+    let first = computing(dir, "out");
+    wait_for(&dir.join("out"), 800);
+    let create = |vmm: &super::Vmm, kind: &str, resume: bool| {
+        let body = format!(
+            r#"{{"snapshot_type": "{kind}", "snapshot_path": "state", "mem_file_path": "ram", "resume_vm": {resume}}}"#
+        );
+        vmm.call("PUT", "/snapshot/create", &body)
+    };
+    let whole = create(&first, "Full", true);
+    assert!(whole.body.contains("paused_us"), "{whole:?}");
+    first.kill();
+    let content = || ["state", "ram"].map(|name| fs::read(dir.join(name)).unwrap());
+    let before = content();
+    // Bytes cannot be written, cannot be made durable, names cannot be given.
+    for (number, calls) in [
+        &[libc::SYS_pwrite64][..],
+        &[libc::SYS_fsync, libc::SYS_fdatasync],
+        &[libc::SYS_rename, libc::SYS_renameat, libc::SYS_renameat2],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let vmm = super::Vmm::start_as(dir, &[], |command| with_eio(command, calls));
+        let out = format!("out{number}");
+        vmm.put("/serial", &format!(r#"{{"serial_out_path": "{out}"}}"#));
+        let load = r#"{"snapshot_path": "state", "mem_file_path": "ram", "resume_vm": true}"#;
+        vmm.put("/snapshot/load", load);
+        wait_for(&dir.join(&out), 200);
+        for (kind, resume) in [("Full", true), ("Diff", false)] {
+            if !resume {
+                vmm.patch(PAUSE);
+            }
+            let refused = create(&vmm, kind, resume);
+            let why = refused.refused();
+            assert!(why.contains("Input/output error"), "{calls:?}: {refused:?}");
+            assert!(content() == before, "{calls:?} {kind} {resume}");
+            let hidden = names(dir).into_iter().find(|name| name.starts_with('.'));
+            assert_eq!(hidden, None, "{calls:?} {kind} {resume}");
+            if !resume {
+                vmm.patch(RESUME);
+            }
+            wait_for(&dir.join(&out), 200);
+        }
+        vmm.kill();
+    }
+    restores(dir, "state", "ram");
 }
 
 /// Until when a VMM that makes a snapshot lives.

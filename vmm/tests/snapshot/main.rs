@@ -7,6 +7,7 @@
     clippy::indexing_slicing
 )]
 
+mod failing;
 mod faults;
 mod handler;
 mod kept;

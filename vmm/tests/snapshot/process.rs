@@ -55,21 +55,31 @@ impl Answer {
 impl Vmm {
     /// One that works in `dir`, with further arguments.
     pub(crate) fn start(dir: &Path, arguments: &[&str]) -> Self {
+        Self::start_as(dir, arguments, |_| {})
+    }
+
+    /// The same; `change` sees to where it starts.
+    pub(crate) fn start_as(
+        dir: &Path,
+        arguments: &[&str],
+        change: impl FnOnce(&mut Command),
+    ) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let socket = dir.join(format!("api{number}.sock"));
         let log = dir.join(format!("log{number}"));
         let output = File::create(&log).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_belljar-vmm"))
+        let mut command = Command::new(env!("CARGO_BIN_EXE_belljar-vmm"));
+        command
             .arg("--api-sock")
             .arg(&socket)
             .args(arguments)
             .current_dir(dir)
             .stdin(Stdio::null())
             .stdout(output.try_clone().unwrap())
-            .stderr(output)
-            .spawn()
-            .unwrap();
+            .stderr(output);
+        change(&mut command);
+        let child = command.spawn().unwrap();
         let vmm = Self { child, socket, log };
         eventually("the API", || UnixStream::connect(&vmm.socket).is_ok());
         vmm
