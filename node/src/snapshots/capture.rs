@@ -433,11 +433,11 @@ pub struct Phases {
     pub state_us: u64,
     /// Looking for what has changed.
     pub scan_us: u64,
-    /// The frozen copy of memory, with the layers of the disk.
+    /// The frozen copy of memory.
     pub copy_us: u64,
-    /// Of that, the layers.
+    /// Freezing the layers of the disk, when it ran on already.
     pub layers_us: u64,
-    /// All.
+    /// All but the layers.
     pub paused_us: u64,
 }
 

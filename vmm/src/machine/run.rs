@@ -31,6 +31,7 @@ use crate::legacy::MachineEvent;
 use crate::memory::handled::Faults;
 use crate::metrics::{FLUSH_PERIOD, Metrics, Registry};
 use crate::virtio::balloon::BalloonHandle;
+use crate::virtio::mmio::lock;
 use crate::{log, log_debug, log_error, log_info, log_limited, log_warn};
 
 /// Exit status of a command line that is wrong.
@@ -653,7 +654,7 @@ impl Machine {
         });
         match begun {
             Ok((mut capture, behind)) => {
-                let resumed = self.resume();
+                let resumed = self.resume_behind(|| capture.freeze_disk());
                 capture.tell();
                 capture.phases.stop_us = us(stopped);
                 capture.phases.paused_us = us(resumed.duration_since(started));
@@ -883,6 +884,30 @@ impl Machine {
         // Not later: where there is one processor, it is the guest's from here on.
         let now = Instant::now();
         guest.resume_vcpus();
+        now
+    }
+
+    /// The same, with work for which devices must be as they were: what the guest asks of them waits for its end.
+    fn resume_behind(&mut self, work: impl FnOnce()) -> Instant {
+        let Some(guest) = &self.guest else {
+            work();
+            return Instant::now();
+        };
+        // A vCPU's thread carries out what it writes to a register.
+        let held: Vec<_> = guest
+            .devices
+            .iter()
+            .map(|one| lock(&one.transport))
+            .collect();
+        let now = Instant::now();
+        guest.resume_vcpus();
+        work();
+        drop(held);
+        for device in &guest.devices {
+            let subscriber = Subscriber::Device(device.clone());
+            self.polled.push(self.manager.add_subscriber(subscriber));
+        }
+        guest.resume_devices();
         now
     }
 

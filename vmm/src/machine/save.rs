@@ -144,7 +144,7 @@ pub(super) struct Phases {
     pub(super) scan_us: u64,
     /// The frozen copy.
     pub(super) copy_us: u64,
-    /// Of these, freezing layers of drives.
+    /// Freezing layers of drives, when vCPUs run on and nothing is taken from them yet.
     pub(super) layers_us: u64,
     /// All the time in which the guest did not run.
     pub(super) paused_us: u64,
@@ -170,6 +170,8 @@ pub(super) struct Capture {
     room: Option<Room>,
     /// Somebody else brings pages in, and may not have some.
     is_handled: bool,
+    /// What became of drives' layers, if they were frozen behind the guest.
+    frozen: Result<(), SaveError>,
     pub(super) phases: Phases,
     changes: Arc<Mutex<Changes>>,
     /// Taken when it is written, or has failed.
@@ -227,6 +229,7 @@ impl Capture {
                 .room
                 .filter(|_| memory.faults.is_none() || taken.is_there()),
             is_handled: memory.faults.is_some(),
+            frozen: Ok(()),
             phases: Phases {
                 state_us,
                 scan_us: us(started.elapsed()).saturating_sub(state_us),
@@ -244,11 +247,10 @@ impl Capture {
         self.complete(written)
     }
 
-    /// Has it written from a frozen copy of RAM: the guest may run on when this returns.
+    /// Has it written from a frozen copy of RAM: vCPUs may run on when this returns, and devices after
+    /// [`Capture::freeze_disk`].
     pub(super) fn begin_to_write(&mut self) -> Result<Behind, SaveError> {
         let started = Instant::now();
-        self.freeze_layers()?;
-        self.phases.layers_us = us(started.elapsed());
         if self.is_handled && self.room.is_some() && !self.plan.can_be_had() {
             // Copying it here would end the guest; a copy of this process fails, and says why.
             self.room = None;
@@ -263,6 +265,14 @@ impl Capture {
         };
         self.phases.copy_us = us(started.elapsed());
         Ok(behind)
+    }
+
+    /// Has drives go on with their next layers. No device has taken anything from the guest since it stood still: so
+    /// what they froze is of the same instant as RAM. This waits for the host's disk; what fails is told in the end.
+    pub(super) fn freeze_disk(&mut self) {
+        let started = Instant::now();
+        self.frozen = self.freeze_layers();
+        self.phases.layers_us = us(started.elapsed());
     }
 
     /// The guest runs on.
@@ -282,7 +292,7 @@ impl Capture {
         self.complete(written)
     }
 
-    /// At the instant at which RAM is taken: the guest stands still.
+    /// Drives have nothing in flight.
     fn freeze_layers(&mut self) -> Result<(), SaveError> {
         for (id, handle, layer) in self.files.next_layers.drain(..) {
             handle
@@ -331,6 +341,7 @@ impl Capture {
         out.write_all(&state).map_err(state_failed())?;
         self.files.ram.sync().map_err(ram_failed())?;
         self.files.state.sync().map_err(state_failed())?;
+        std::mem::replace(&mut self.frozen, Ok(()))?;
         // Of a guest that has stood still all the time; of others it was done.
         self.freeze_layers()?;
         // The state last: where it is, its RAM is. So what is replaced goes first: a crash in between must not

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use belljar_layers::{Stack, View, merge};
 
+use super::failing::with_eio;
 use super::process::{Vmm, has_kvm};
 use super::{PAUSE, RESUME, kernel, wait_for};
 
@@ -180,4 +181,72 @@ fn a_snapshot_freezes_a_layer_and_clones_have_their_own() {
         .read(&mut bytes, 4096)
         .unwrap();
     assert_eq!(bytes, [1; 4096]);
+}
+
+/// A VMM whose guest has the layers `one` and, made for it, `two`.
+fn with_two_layers(dir: &Path, change: impl FnOnce(&mut std::process::Command)) -> Vmm {
+    let base = File::create(dir.join("base")).unwrap();
+    base.set_len(SIZE).unwrap();
+    empty(dir, "one");
+    let mut disk = stack(dir, &["one"]);
+    disk.write(&[1; 4096], 4096).unwrap();
+    disk.close().unwrap();
+    drop(disk);
+    let below = belljar_layers::head(&open(dir, "one").0, "one").unwrap();
+    empty(dir, "two");
+    belljar_layers::create(&open(dir, "two").0, "two", SIZE, below.id).unwrap();
+    fs::write(dir.join("kernel"), kernel()).unwrap();
+    let vmm = Vmm::start_as(dir, &[], change);
+    vmm.put(
+        "/machine-config",
+        r#"{"vcpu_count": 2, "mem_size_mib": 64}"#,
+    );
+    vmm.put("/boot-source", r#"{"kernel_image_path": "kernel"}"#);
+    vmm.put(
+        "/drives/disk",
+        r#"{"drive_id": "disk", "path_on_host": "base", "is_root_device": false,
+            "format": "layers", "layers": ["one"], "io_engine": "Async"}"#,
+    );
+    vmm.put("/serial", r#"{"serial_out_path": "out"}"#);
+    vmm.put("/actions", r#"{"action_type": "InstanceStart"}"#);
+    wait_for(&dir.join("out"), 100);
+    vmm
+}
+
+/// It is frozen when the guest runs on, and before anything is taken from the guest.
+#[test]
+fn a_layer_is_frozen_behind_the_guest_and_what_fails_then_is_told() {
+    if !has_kvm() {
+        return;
+    }
+    let create = |vmm: &Vmm, state: &str| {
+        let body = create("two", state);
+        let body = body.replacen('{', r#"{"resume_vm": true, "#, 1);
+        vmm.call("PUT", "/snapshot/create", &body)
+    };
+    let state = |dir: &Path| {
+        let head = belljar_layers::head(&open(dir, "one").0, "one");
+        head.unwrap().state
+    };
+    let place = tempfile::tempdir().unwrap();
+    let dir = place.path();
+    let syncs = [libc::SYS_fsync, libc::SYS_fdatasync];
+    let vmm = with_two_layers(dir, |command| with_eio(command, &syncs));
+    let refused = create(&vmm, "s");
+    let why = refused.refused();
+    assert!(why.contains("Input/output error"), "{refused:?}");
+    assert!(!dir.join("s").exists() && !dir.join("s.ram").exists());
+    assert_eq!(layers(&vmm), r#"["one"]"#);
+    assert_ne!(state(dir), belljar_layers::State::Frozen);
+    wait_for(&dir.join("out"), 100);
+    vmm.kill();
+
+    let place = tempfile::tempdir().unwrap();
+    let dir = place.path();
+    let vmm = with_two_layers(dir, |_| {});
+    let taken = create(&vmm, "s");
+    assert!(taken.body.contains("layers_us"), "{taken:?}");
+    assert_eq!(layers(&vmm), r#"["one","two"]"#);
+    assert_eq!(state(dir), belljar_layers::State::Frozen);
+    wait_for(&dir.join("out"), 100);
 }
