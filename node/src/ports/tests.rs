@@ -119,9 +119,10 @@ fn a_refused_connection_is_reset_and_noted() {
     let (_keep, found) = guest();
     let (forwarding, noted) = start(&found, "0:8");
     let mut stream = connect(&forwarding);
-    let _ = stream.write_all(b"hello");
+    // Whichever comes after it is told of the reset, once.
+    let wrote = stream.write_all(b"hello");
     let heard = stream.read(&mut [0; 8]);
-    assert!(heard.is_err(), "{heard:?}");
+    assert!(wrote.is_err() || heard.is_err(), "{heard:?}");
     let note = noted.recv_timeout(Duration::from_secs(20)).unwrap();
     assert!(note.contains("errno: 111"), "{note}");
 }
