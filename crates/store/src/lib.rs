@@ -21,6 +21,7 @@ mod pack;
 #[doc(hidden)]
 pub mod probe;
 mod read;
+mod renew;
 mod source;
 mod state;
 mod store;

@@ -17,6 +17,7 @@ use crate::manifest::{Extent, Image, Kind, Manifest, Requirements, overlay};
 use crate::names::{check_labels, check_name};
 use crate::pack::PackWriter;
 use crate::read::Reader;
+use crate::renew::{Renewed, to_renew, whole};
 use crate::source::Source;
 use crate::state::Summary;
 use crate::store::{Inner, Store, locked, manifest_path};
@@ -140,7 +141,8 @@ impl Writer {
     }
 
     /// Stores an image that is that of another snapshot but for some byte ranges. Only the pages of those are
-    /// read from the source, whose length is the image's new one.
+    /// read from the source, whose length is the image's new one. A few of the others are stored again, from what
+    /// the other snapshot has, where it needs many chunks for few pages.
     ///
     /// # Errors
     /// As [`Writer::image`]; [`Error::NoImage`]; [`Error::ChunkMissing`] if the other is not complete.
@@ -164,10 +166,41 @@ impl Writer {
                 dirty.push(shorter / PAGE..pages);
             }
             let kept: Vec<Extent> = image.extents_in(0..pages).collect();
-            let kept = overlay(&kept, &cut::joined(dirty.clone()), &[]);
+            let dirty = cut::joined(dirty);
+            let kept = overlay(&kept, &dirty, &[]);
+            let renewed = writer.renewed(name, source.length(), base, &kept, &dirty);
+            let again: Vec<_> = renewed
+                .iter()
+                .map(|(range, _)| range.start / PAGE..range.end / PAGE)
+                .collect();
+            let kept = overlay(&kept, &again, &[]);
             let kept = writer.adopt(&kept, &base.manifest().chunks)?;
-            writer.add(name, image.kind, source, &cut::joined(dirty), &kept)
+            let fresh = cut::joined(dirty.into_iter().chain(again).collect());
+            let source = Renewed::new(source, renewed);
+            writer.add(name, image.kind, &source, &fresh, &kept)
         })
+    }
+
+    /// What of the base is stored again: ranges in bytes, and these bytes. What cannot be read stays where it is.
+    fn renewed(
+        &self,
+        name: &str,
+        length: u64,
+        base: &Reader,
+        kept: &[Extent],
+        dirty: &[Range<u64>],
+    ) -> Vec<(Range<u64>, Vec<u8>)> {
+        let slot_pages = u64::from(self.inner.settings.slot_bytes) / PAGE;
+        let changed = dirty.iter().map(|range| range.end - range.start).sum();
+        let ranges = to_renew(kept, slot_pages, changed);
+        let base_length = base.image(name).map_or(0, |image| image.length);
+        whole(ranges, length.min(base_length))
+            .filter_map(|range| {
+                let mut bytes = vec![0; usize::try_from(range.end - range.start).ok()?];
+                base.read(name, range.start, &mut bytes).ok()?;
+                Some((range, bytes))
+            })
+            .collect()
     }
 
     fn guarded(&mut self, step: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
