@@ -454,6 +454,8 @@ fn new_name<T>(
     for number in first..NUMBERS {
         let name = format!("disk-{number}.{extension}");
         let path = dir.file(&name);
+        #[cfg(test)]
+        state::failing::step();
         match make(&path) {
             Ok(made) => return Ok((made, name)),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}

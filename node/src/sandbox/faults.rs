@@ -2,13 +2,17 @@
 //! namespace of their own.
 
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
 use super::small_disk::{Ballast, in_a_namespace, mount, mount_small};
 use super::{NewDisk, Shape, create_with};
 use crate::layered::Layered;
 use crate::snapshots::{Disk, Saved, Source};
 use crate::state::spec::{Life, SandboxSpec};
-use crate::state::{self, SandboxDir, StateRoot};
+use crate::state::{self, SandboxDir, StateRoot, failing};
+use crate::{leftovers, lifecycle, registry};
 
 const MIB: u64 = 1 << 20;
 
@@ -128,4 +132,58 @@ fn what_does_not_fit_leaves_all_as_it_was() {
         source.install(&dir, &new, true).unwrap();
         assert!(disk(&dir) == vec![0x5a; 2 << 20]);
     }
+}
+
+const KILLED_AFTER: &str = "KILLED_AFTER_STEPS";
+const KILLED_IN: &str = "KILLED_IN";
+const NOT_KILLED: i32 = 42;
+
+#[test]
+#[ignore = "the next test starts it: it is killed"]
+fn who_restores() {
+    let number = std::env::var(KILLED_AFTER).unwrap().parse().unwrap();
+    let root = StateRoot::at(Path::new(&std::env::var(KILLED_IN).unwrap())).unwrap();
+    failing::die_after(number);
+    let fill = |dir: &SandboxDir| source().fill(dir, Life::Persistent);
+    create_with(&root, &spec("one"), fill).unwrap();
+    std::process::exit(NOT_KILLED);
+}
+
+#[test]
+fn whoever_is_killed_while_it_restores_leaves_a_whole_sandbox_or_what_is_cleaned_up() {
+    let (mut halves, mut wholes) = (0, 0);
+    for number in 0.. {
+        assert!(number < 100, "it never comes to its end");
+        let place = tempfile::tempdir().unwrap();
+        let ended = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "sandbox::faults::who_restores", "--ignored"])
+            .env(KILLED_AFTER, number.to_string())
+            .env(KILLED_IN, place.path())
+            .stdout(Stdio::null())
+            .status()
+            .unwrap();
+        let root = StateRoot::at(place.path()).unwrap();
+        for listed in registry::list(&root).unwrap() {
+            if leftovers::clean(&listed).unwrap() {
+                halves += 1;
+            } else {
+                // The record of what it is comes last.
+                wholes += 1;
+                let dir = listed.found.dir();
+                assert!(disk(dir) == vec![0x5a; 2 << 20], "after {number} steps");
+                assert!(registry::find(&root, "one").is_ok());
+                lifecycle::remove(&listed.found, true).unwrap();
+            }
+        }
+        assert!(registry::list(&root).unwrap().is_empty());
+        // Its name is free.
+        let fill = |dir: &SandboxDir| source().fill(dir, Life::Persistent);
+        let (dir, _lock) = create_with(&root, &spec("one"), fill).unwrap();
+        assert!(disk(&dir) == vec![0x5a; 2 << 20]);
+        if ended.code() == Some(NOT_KILLED) {
+            break;
+        }
+        assert_eq!(ended.signal(), Some(9), "after {number} steps");
+    }
+    assert!(halves >= 9 && wholes >= 2, "{halves} {wholes}");
 }

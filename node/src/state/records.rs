@@ -50,12 +50,19 @@ impl SandboxDir {
                 source,
             })?;
         text.push(b'\n');
+        #[cfg(test)]
+        failing::step();
         let written = File::create(&temporary).and_then(|mut file| {
             file.write_all(&text)?;
             if durably { file.sync_all() } else { Ok(()) }
         });
         written.map_err(io_error("write", &temporary))?;
-        fs::rename(&temporary, &path).map_err(io_error("write", &path))
+        #[cfg(test)]
+        failing::step();
+        fs::rename(&temporary, &path).map_err(io_error("write", &path))?;
+        #[cfg(test)]
+        failing::step();
+        Ok(())
     }
 
     /// Reads a record; `None` if there is none.
@@ -125,14 +132,15 @@ impl SandboxDir {
     }
 }
 
-/// A failing disk under the directory of a test.
+/// A failing disk under the directory of a test, and a process that is killed.
 #[cfg(test)]
 pub(crate) mod failing {
-    use std::cell::RefCell;
+    use std::cell::{Cell, RefCell};
     use std::io;
     use std::path::{Path, PathBuf};
 
     thread_local! {
+        static STEPS: Cell<Option<u32>> = const { Cell::new(None) };
         static UNDER: RefCell<Option<PathBuf>> = const { RefCell::new(None) };
     }
 
@@ -142,6 +150,22 @@ pub(crate) mod failing {
         let done = run();
         UNDER.set(None);
         done
+    }
+
+    /// This process is killed after so many more steps of this thread.
+    pub(crate) fn die_after(steps: u32) {
+        STEPS.set(Some(steps));
+    }
+
+    /// Something changes on disk before, or behind this.
+    pub(crate) fn step() {
+        match STEPS.get() {
+            Some(0) => {
+                let own = rustix::process::getpid();
+                let _ = rustix::process::kill_process(own, rustix::process::Signal::KILL);
+            }
+            steps => STEPS.set(steps.map(|steps| steps - 1)),
+        }
     }
 
     pub(super) fn reach(dir: &Path) -> io::Result<()> {
