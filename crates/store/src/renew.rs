@@ -26,7 +26,7 @@ const MOST: u64 = 4096;
 /// chunks of which a quarter of a slot or less is used, from the regions that have most of these chunks for their pages.
 pub(crate) fn to_renew(kept: &[Extent], slot_pages: u64, changed: u64) -> Vec<Range<u64>> {
     let little = (slot_pages / 4).max(1);
-    let mut regions: Vec<(&[Extent], Vec<(u64, u32)>, u64)> = Vec::new();
+    let mut regions = Vec::new();
     for region in kept.chunk_by(|a, b| a.page / REGION_PAGES == b.page / REGION_PAGES) {
         let mut used: HashMap<u32, u64> = HashMap::new();
         for extent in region {
@@ -36,15 +36,16 @@ pub(crate) fn to_renew(kept: &[Extent], slot_pages: u64, changed: u64) -> Vec<Ra
         let mut rests: Vec<(u64, u32)> = rests.map(|(chunk, pages)| (pages, chunk)).collect();
         if rests.len() >= MANY {
             rests.sort_unstable();
-            let pages = rests.iter().map(|(pages, _)| pages).sum();
-            regions.push((region, rests, pages));
+            let pages: u64 = rests.iter().map(|(pages, _)| pages).sum();
+            let price = pages.saturating_mul(1000) / rests.len().max(1) as u64;
+            regions.push((price, region, rests));
         }
     }
-    // By chunks for each page.
-    regions.sort_by_key(|(_, rests, pages)| pages.saturating_mul(1000) / rests.len().max(1) as u64);
+    // By pages for each chunk.
+    regions.sort_by_key(|(price, _, _)| *price);
     let mut room = (changed / SHARE).clamp(LEAST, MOST);
     let mut again = Vec::new();
-    for (region, rests, _) in regions {
+    for (_, region, rests) in regions {
         let mut taken = HashSet::new();
         let mut left = room;
         for (pages, chunk) in rests {
@@ -153,20 +154,22 @@ mod tests {
             chunk_page: 0,
         });
         kept.extend((0..7).map(|n| one(600 + n, 60 + n as u32)));
-        let pages = |ranges: &[Range<u64>]| {
-            ranges
-                .iter()
-                .map(|range| range.end - range.start)
-                .sum::<u64>()
+        let taken = |kept: &[Extent], slot_pages, changed| -> Vec<(u64, u64)> {
+            let ranges = to_renew(kept, slot_pages, changed).into_iter();
+            ranges.map(|range| (range.start, range.end)).collect()
         };
-        assert_eq!(pages(&to_renew(&kept, 16, 0)), 10 + 20);
+        let all: u64 = taken(&kept, 16, 0)
+            .iter()
+            .map(|(start, end)| end - start)
+            .sum();
+        assert_eq!(all, 10 + 20);
         let mut many: Vec<Extent> = (0..256).map(|n| one(n, n as u32 / 4)).collect();
-        assert_eq!(to_renew(&many, 16, 0), [0..32], "as much as may be taken");
-        assert_eq!(to_renew(&many, 16, 768), [0..256]);
-        assert_eq!(to_renew(&many, 12, 768), [], "too much is used of each");
+        assert_eq!(taken(&many, 16, 0), [(0, 32)], "as much as may be taken");
+        assert_eq!(taken(&many, 16, 768), [(0, 256)]);
+        assert_eq!(taken(&many, 12, 768), [], "too much is used of each");
         many.extend((0..10).map(|n| one(256 + n, 100 + n as u32)));
-        assert_eq!(to_renew(&many, 16, 0), [256..266], "the worst first");
-        assert_eq!(to_renew(&many, 16, 126), [0..32, 256..266]);
+        assert_eq!(taken(&many, 16, 0), [(256, 266)], "the worst first");
+        assert_eq!(taken(&many, 16, 126), [(0, 32), (256, 266)]);
     }
 
     proptest! {
