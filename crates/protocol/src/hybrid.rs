@@ -17,6 +17,9 @@ const MAX_LINE: usize = 32;
 /// How long to wait before trying a full accept queue again.
 const RETRY: Duration = Duration::from_micros(500);
 
+/// A guest refuses a connection sooner than this.
+const AT_ONCE: Duration = Duration::from_secs(1);
+
 /// Why a guest's port could not be reached.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
@@ -99,6 +102,23 @@ pub fn connect(path: &Path, port: u32, deadline: Instant) -> Result<UnixStream, 
             port,
             source,
         }),
+    }
+}
+
+/// The same, but not put off by a VMM that hangs up because the guest took long to answer (ours gives it 5 s): one whose
+/// memory comes as it is needed, on a busy machine, may. A refusal within a second is the guest's own, and final.
+pub fn connect_patiently(
+    path: &Path,
+    port: u32,
+    deadline: Instant,
+) -> Result<UnixStream, ConnectError> {
+    loop {
+        let started = Instant::now();
+        match connect(path, port, deadline) {
+            Err(ConnectError::Refused { .. })
+                if started.elapsed() >= AT_ONCE && Instant::now() < deadline => {}
+            outcome => return outcome,
+        }
     }
 }
 
@@ -260,6 +280,24 @@ mod tests {
             let error = connect(path, 1024, soon()).unwrap_err();
             assert!(matches!(error, ConnectError::Refused { port: 1024, .. }));
         });
+    }
+
+    #[test]
+    fn a_guest_that_is_slow_is_asked_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vsock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let vmm = thread::spawn(move || {
+            let (mut slow, _) = listener.accept().unwrap();
+            slow.read_exact(&mut [0; 13]).unwrap();
+            thread::sleep(AT_ONCE);
+            drop(slow);
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(b"OK 1\n").unwrap();
+        });
+        let deadline = Instant::now() + Duration::from_secs(60);
+        connect_patiently(&path, 1024, deadline).unwrap();
+        vmm.join().unwrap();
     }
 
     #[test]

@@ -253,7 +253,8 @@ pub(crate) fn adopt(
     let call = adoption(dir, spec)?;
     let failed = |error: &dyn std::fmt::Display| BootError::NotAdopted(error.to_string());
     let socket = SocketPath::new(dir, state::VSOCK_SOCKET);
-    let stream = hybrid::connect(socket.path(), AGENT_PORT, deadline).map_err(|e| failed(&e))?;
+    let stream =
+        hybrid::connect_patiently(socket.path(), AGENT_PORT, deadline).map_err(|e| failed(&e))?;
     let adoption = Adoption::start(stream, call, Some(deadline)).map_err(|e| failed(&e))?;
     stages.mark("agent ready");
     let adopted = adoption.thawed(Some(Instant::now() + THAW_LIMIT));
