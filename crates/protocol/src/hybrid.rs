@@ -293,6 +293,7 @@ mod tests {
             thread::sleep(AT_ONCE);
             drop(slow);
             let (mut stream, _) = listener.accept().unwrap();
+            stream.read_exact(&mut [0; 13]).unwrap();
             stream.write_all(b"OK 1\n").unwrap();
         });
         let deadline = Instant::now() + Duration::from_secs(60);
