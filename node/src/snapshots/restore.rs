@@ -199,7 +199,6 @@ fn can_wait_for_pages() -> bool {
         && rustix::fs::access("/dev/userfaultfd", Access::READ_OK | Access::WRITE_OK).is_ok()
 }
 
-/// Programs as the keeper can start them, which works elsewhere.
 /// Whether what that process starts is where what this one starts would be: a sandbox shall be in its caller's cgroup
 /// and namespaces, whoever started the keeper.
 fn lives_as_here(pid: u32) -> bool {
@@ -213,6 +212,7 @@ fn lives_as_here(pid: u32) -> bool {
             .all(|kind| space("self", kind).is_some_and(|own| Some(own) == space(&pid, kind)))
 }
 
+/// Programs as the keeper can start them, which works elsewhere.
 fn found(programs: &Programs) -> Option<keeper::Programs> {
     let text = |path: &PathBuf| -> Option<String> {
         // Such as /proc/self/exe.

@@ -69,19 +69,7 @@ fn a_snapshot_freezes_a_layer_and_clones_have_their_own() {
 
     fs::write(dir.join("kernel"), kernel()).unwrap();
     let vmm = Vmm::start(dir, &[]);
-    vmm.put(
-        "/machine-config",
-        r#"{"vcpu_count": 1, "mem_size_mib": 64}"#,
-    );
-    vmm.put("/boot-source", r#"{"kernel_image_path": "kernel"}"#);
-    vmm.put(
-        "/drives/disk",
-        r#"{"drive_id": "disk", "path_on_host": "base", "is_root_device": false,
-            "format": "layers", "layers": ["one"], "io_engine": "Async"}"#,
-    );
-    vmm.put("/serial", r#"{"serial_out_path": "out"}"#);
-    vmm.put("/actions", r#"{"action_type": "InstanceStart"}"#);
-    wait_for(&dir.join("out"), 100);
+    run(&vmm, dir, 1);
     vmm.patch(PAUSE);
 
     // A next layer that cannot be, or for a drive that is not there, changes nothing.
@@ -183,6 +171,21 @@ fn a_snapshot_freezes_a_layer_and_clones_have_their_own() {
     assert_eq!(bytes, [1; 4096]);
 }
 
+/// Has a guest run from `kernel`, whose disk is the layer `one` over `base`; returns when it has said something.
+fn run(vmm: &Vmm, dir: &Path, vcpus: u32) {
+    let machine = format!(r#"{{"vcpu_count": {vcpus}, "mem_size_mib": 64}}"#);
+    vmm.put("/machine-config", &machine);
+    vmm.put("/boot-source", r#"{"kernel_image_path": "kernel"}"#);
+    vmm.put(
+        "/drives/disk",
+        r#"{"drive_id": "disk", "path_on_host": "base", "is_root_device": false,
+            "format": "layers", "layers": ["one"], "io_engine": "Async"}"#,
+    );
+    vmm.put("/serial", r#"{"serial_out_path": "out"}"#);
+    vmm.put("/actions", r#"{"action_type": "InstanceStart"}"#);
+    wait_for(&dir.join("out"), 100);
+}
+
 /// A VMM whose guest has the layers `one` and, made for it, `two`.
 fn with_two_layers(dir: &Path, change: impl FnOnce(&mut std::process::Command)) -> Vmm {
     let base = File::create(dir.join("base")).unwrap();
@@ -197,19 +200,7 @@ fn with_two_layers(dir: &Path, change: impl FnOnce(&mut std::process::Command)) 
     belljar_layers::create(&open(dir, "two").0, "two", SIZE, below.id).unwrap();
     fs::write(dir.join("kernel"), kernel()).unwrap();
     let vmm = Vmm::start_as(dir, &[], change);
-    vmm.put(
-        "/machine-config",
-        r#"{"vcpu_count": 2, "mem_size_mib": 64}"#,
-    );
-    vmm.put("/boot-source", r#"{"kernel_image_path": "kernel"}"#);
-    vmm.put(
-        "/drives/disk",
-        r#"{"drive_id": "disk", "path_on_host": "base", "is_root_device": false,
-            "format": "layers", "layers": ["one"], "io_engine": "Async"}"#,
-    );
-    vmm.put("/serial", r#"{"serial_out_path": "out"}"#);
-    vmm.put("/actions", r#"{"action_type": "InstanceStart"}"#);
-    wait_for(&dir.join("out"), 100);
+    run(&vmm, dir, 2);
     vmm
 }
 
