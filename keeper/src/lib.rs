@@ -12,7 +12,7 @@
 //! | `store/` | the store, see `docs/snapshot-format.md` |
 //! | `templates/ID.memory`, `ID.disk` | complete images of snapshot ID, sparse, read-only, each with a record `.ok`: a cache |
 //! | `touched/ID` | which pages the guests of snapshot ID needed first: a hint |
-//! | `touched/ID.pages` | these pages, at most 8 MiB: a cache |
+//! | `touched/ID.pages` | these pages, at most 8 MiB, with a record `.ok`: a cache |
 //! | `ready/N/` | where a ready VMM and its supervisor wait |
 //! | `recordings/ID` | which pages a restored guest of snapshot ID wrote first: a hint |
 //! | `digests` | contents of base images by file, size and time: a cache |

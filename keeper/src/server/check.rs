@@ -1,4 +1,4 @@
-//! Whether templates are what the chunks say.
+//! Whether templates, and pages that are kept apart, are what the chunks say.
 
 use std::fs::File;
 use std::io;
@@ -6,8 +6,10 @@ use std::os::unix::fs::FileExt;
 
 use belljar_store::{Error, FileSource, PAGE, Reader, Sink, Source};
 
+use super::first::{self, First};
 use super::templates::Part;
 use super::{Shared, log};
+use crate::images;
 
 /// Bytes that are looked at in one piece.
 const PIECE: u64 = 1 << 20;
@@ -36,7 +38,35 @@ pub(super) fn templates(shared: &Shared) -> (u64, Vec<String>) {
             Err(error) => log::line(&format!("a template of {id} was not compared: {error}")),
         }
     }
+    for id in first::all(&shared.touched) {
+        let differs = shared.store.read(id).and_then(|reader| {
+            let length = reader.image(images::MEMORY)?.length;
+            let first = First::open(&shared.touched, id, length);
+            first.map_or(Ok(false), |first| differs(&reader, &first))
+        });
+        match differs {
+            Ok(false) | Err(Error::NoSnapshot(_)) => {}
+            Ok(true) => {
+                first::remove(&shared.touched, id);
+                bad.push(format!("{id} pages needed first"));
+            }
+            Err(error) => log::line(&format!("pages kept of {id} were not compared: {error}")),
+        }
+    }
     (count, bad)
+}
+
+/// Whether a page is not what its chunk says.
+fn differs(reader: &Reader, first: &First) -> Result<bool, Error> {
+    let (mut kept, mut is) = ([0; PAGE as usize], [0; PAGE as usize]);
+    for page in first.pages() {
+        reader.read(images::MEMORY, page.saturating_mul(PAGE), &mut is)?;
+        let read = first.read(page, &mut kept);
+        if read.is_none_or(|read| read.is_err()) || kept != is {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn is_good(shared: &Shared, reader: &Reader, part: Part) -> Result<bool, Error> {

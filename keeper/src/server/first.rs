@@ -1,95 +1,79 @@
 //! The pages that a snapshot's guests needed first, as they are, in one file: the next guest that runs before its
 //! memory is here gets them without looking for the chunks they are in.
 //!
-//! A cache: a page in it is checked before it is used, and one that is damaged comes from its chunk. The file:
+//! A cache, believed by the rule of complete templates: its record says which pages they are, and of which file it
+//! speaks; one that was changed or replaced since is not used. `ID.pages` holds the pages, nothing else. The record
+//! `ID.pages.ok`, which is written when they are durable:
 //!
 //! | bytes | |
 //! | --- | --- |
-//! | 8 | `BJFIRST1` |
-//! | 4 | number of pages, n |
-//! | n × 8 | their numbers, in the order in which they were needed |
-//! | ⌈n ÷ 16⌉ × 32 | BLAKE3 of each group of 16 pages (the last one may have fewer) |
+//! | 8 | `BJFIRST2` |
+//! | 6 × 8 | device, inode, time of the last writing and of the last change (seconds, nanoseconds) of the file of pages |
+//! | n × 8 | numbers of the pages, in their order in that file |
 //! | 32 | BLAKE3 of the snapshot's id and all before |
-//! | n × 4096 | the pages |
 //!
-//! Numbers are little-endian.
+//! Words are little-endian.
 
 use std::collections::HashMap;
-use std::fs::{File, Permissions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::fs::{File, Metadata, Permissions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use belljar_store::{PAGE, SnapshotId};
+use rustix::fs::sendfile;
 
-const MAGIC: &[u8; 8] = b"BJFIRST1";
+const MAGIC: &[u8; 8] = b"BJFIRST2";
 /// Pages of a file, at most: 8 MiB.
 pub(super) const MOST: usize = 2048;
-/// Pages that are checked, and brought in, together.
-const GROUP: usize = 16;
+/// So many of them, those that were needed first, are brought in before the guest runs.
+const EARLY: usize = 1024;
 const PAGE_BYTES: usize = 4096;
-/// Longest file that makes sense.
-const LONGEST: usize = 8 + 4 + MOST * (8 + PAGE_BYTES) + MOST.div_ceil(GROUP) * 32 + 32;
+/// Words of a record that say which file it speaks of.
+const IDENTITY: usize = 6;
+/// Longest record that makes sense.
+const LONGEST: u64 = (8 + (IDENTITY + MOST) * 8 + 32) as u64;
 
 /// The pages of a snapshot.
 #[derive(Debug)]
 pub(super) struct First {
     file: File,
-    path: PathBuf,
-    /// Where the pages begin in the file.
-    start: u64,
     pages: Vec<u64>,
     places: HashMap<u64, usize>,
-    sums: Vec<[u8; 32]>,
-    brought: Vec<AtomicBool>,
 }
 
 impl First {
     /// Opens a snapshot's file, if there is a good one for memory of so many bytes.
     pub(super) fn open(folder: &Path, id: SnapshotId, length: u64) -> Option<Self> {
         let path = path(folder, id);
-        let mut file = File::open(&path).ok()?;
-        if file.metadata().ok()?.len() > LONGEST as u64 {
+        let mut record = Vec::new();
+        let text = File::open(record_path(&path)).ok()?;
+        text.take(LONGEST + 1).read_to_end(&mut record).ok()?;
+        if record.len() as u64 > LONGEST {
             return None;
         }
-        let mut start = [0; 12];
-        file.read_exact(&mut start).ok()?;
-        let (magic, count) = start.split_first_chunk::<8>()?;
-        let count = u32::from_le_bytes(*count.first_chunk()?);
-        let count = usize::try_from(count).ok().filter(|count| *count <= MOST)?;
-        let (numbers, sums) = (
-            count.checked_mul(8)?,
-            count.div_ceil(GROUP).checked_mul(32)?,
-        );
-        let mut head = vec![0; numbers.checked_add(sums)?];
-        file.read_exact(&mut head).ok()?;
-        let mut sum = [0; 32];
-        file.read_exact(&mut sum).ok()?;
-        if magic != MAGIC || *head_sum(id, &start, &head).as_bytes() != sum {
+        let (record, sum) = record.split_last_chunk::<32>()?;
+        if record_sum(id, record).as_bytes() != sum {
             return None;
         }
-        let (numbers, sums) = head.split_at_checked(numbers)?;
-        let pages: Vec<u64> = words(numbers);
+        let words = words(record.strip_prefix(MAGIC)?);
+        let (identity, pages) = words.split_first_chunk::<IDENTITY>()?;
+        let file = File::open(&path).ok()?;
+        let is = file.metadata().ok()?;
         let last = length / PAGE;
-        if pages.iter().any(|page| *page >= last) {
-            return None;
-        }
-        let (sums, _) = sums.as_chunks::<32>();
+        let good = *identity == identity_of(&is)
+            && is.len() == (pages.len() as u64).saturating_mul(PAGE)
+            && pages.iter().all(|page| *page < last);
         let places = pages.iter().enumerate().map(|(at, page)| (*page, at));
-        Some(Self {
+        good.then(|| Self {
             file,
-            path,
-            start: (start.len() + head.len() + sum.len()) as u64,
             places: places.collect(),
-            brought: sums.iter().map(|_| AtomicBool::new(false)).collect(),
-            sums: sums.to_vec(),
-            pages,
+            pages: pages.to_vec(),
         })
     }
 
-    /// Writes a snapshot's file, unless there is one. `read` gives a page by its number; it is only not remembered
-    /// if something fails.
+    /// Writes a snapshot's file, unless there is one, of the pages in the order in which they were needed. `read`
+    /// gives a page by its number; it is only not remembered if something fails.
     pub(super) fn write(
         folder: &Path,
         id: SnapshotId,
@@ -97,105 +81,132 @@ impl First {
         mut read: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
     ) -> io::Result<()> {
         let path = path(folder, id);
-        let pages = pages.get(..pages.len().min(MOST)).unwrap_or_default();
-        if pages.is_empty() || path.exists() {
+        let record = record_path(&path);
+        if pages.is_empty() || record.exists() {
             return Ok(());
         }
-        let mut content = vec![0; pages.len().saturating_mul(PAGE_BYTES)];
-        for (page, bytes) in pages.iter().zip(content.chunks_mut(PAGE_BYTES)) {
-            read(*page, bytes)?;
-        }
-        let count = u32::try_from(pages.len()).unwrap_or(0).to_le_bytes();
-        let start = [&MAGIC[..], &count].concat();
-        let mut head: Vec<u8> = pages.iter().flat_map(|page| page.to_le_bytes()).collect();
-        for group in content.chunks(GROUP * PAGE_BYTES) {
-            head.extend_from_slice(blake3::hash(group).as_bytes());
-        }
-        let sum = head_sum(id, &start, &head);
+        let mut pages = pages
+            .get(..pages.len().min(MOST))
+            .unwrap_or_default()
+            .to_vec();
+        // Those that follow each other are brought in together.
+        let count = pages.len().min(EARLY);
+        let (early, later) = pages.split_at_mut(count);
+        early.sort_unstable();
+        later.sort_unstable();
         let temporary = path.with_added_extension("new");
-        let written = File::create(&temporary).and_then(|mut file| {
-            file.set_permissions(Permissions::from_mode(0o600))?;
-            for part in [&start[..], &head, sum.as_bytes(), &content] {
-                file.write_all(part)?;
+        let mut write = || -> io::Result<()> {
+            let mut content = vec![0; pages.len().saturating_mul(PAGE_BYTES)];
+            for (page, bytes) in pages.iter().zip(content.chunks_mut(PAGE_BYTES)) {
+                read(*page, bytes)?;
             }
-            std::fs::rename(&temporary, &path)
-        });
+            let mut file = File::create(&temporary)?;
+            file.set_permissions(Permissions::from_mode(0o400))?;
+            file.write_all(&content)?;
+            std::fs::rename(&temporary, &path)?;
+            file.sync_all()?;
+            let identity = identity_of(&file.metadata()?);
+            let words = identity.iter().chain(&pages);
+            let words = words.flat_map(|word| word.to_le_bytes());
+            let mut text: Vec<u8> = MAGIC.iter().copied().chain(words).collect();
+            let sum = record_sum(id, &text);
+            text.extend_from_slice(sum.as_bytes());
+            std::fs::write(&temporary, text)?;
+            File::open(&temporary)?.sync_all()?;
+            std::fs::rename(&temporary, &record)
+        };
+        let written = write();
         if written.is_err() {
             let _ = std::fs::remove_file(&temporary);
+            remove(folder, id);
         }
         written
     }
 
-    /// Which group a page is in.
-    pub(super) fn group_of(&self, page: u64) -> Option<usize> {
-        self.places.get(&page).map(|place| place / GROUP)
-    }
-
-    /// How many groups there are.
-    pub(super) fn groups(&self) -> usize {
-        self.sums.len()
-    }
-
-    /// Brings a group in, unless that was done: `fill` is told each run of pages and where in memory it is.
+    /// Copies those that were needed first to where they are in `memory`, from one page cache to the other.
     ///
     /// # Errors
-    /// It is damaged, and forgotten; or `fill` fails.
-    pub(super) fn bring(
-        &self,
-        group: usize,
-        mut fill: impl FnMut(&[u8], u64) -> io::Result<()>,
-    ) -> io::Result<()> {
-        let (Some(sum), Some(brought)) = (self.sums.get(group), self.brought.get(group)) else {
-            return Err(io::ErrorKind::InvalidInput.into());
-        };
-        if brought.load(Ordering::Acquire) {
-            return Ok(());
+    /// What the kernel says. Then nobody may use `memory`: a page in it may be there in part.
+    pub(super) fn bring_early(&self, mut memory: &File) -> io::Result<()> {
+        let early = self.pages.get(..self.pages.len().min(EARLY));
+        let mut from = 0;
+        for run in early
+            .unwrap_or_default()
+            .chunk_by(|page, next| page.checked_add(1) == Some(*next))
+        {
+            let start = run.first().map_or(0, |page| page.saturating_mul(PAGE));
+            memory.seek(SeekFrom::Start(start))?;
+            let mut rest = run.len().saturating_mul(PAGE_BYTES);
+            while rest > 0 {
+                match sendfile(memory, &self.file, Some(&mut from), rest) {
+                    Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                    Ok(done) => rest = rest.saturating_sub(done),
+                    Err(rustix::io::Errno::INTR) => {}
+                    Err(errno) => return Err(errno.into()),
+                }
+            }
         }
-        let begin = group.saturating_mul(GROUP);
-        let rest = self.pages.get(begin..).unwrap_or_default();
-        let pages = rest.get(..rest.len().min(GROUP)).unwrap_or_default();
-        let mut bytes = [0; GROUP * PAGE_BYTES];
-        let bytes = bytes
-            .get_mut(..pages.len().saturating_mul(PAGE_BYTES))
-            .unwrap_or_default();
-        let at = self.start.saturating_add((begin * PAGE_BYTES) as u64);
-        let read = self.file.read_exact_at(bytes, at);
-        if read.is_err() || blake3::hash(bytes).as_bytes() != sum {
-            let _ = std::fs::remove_file(&self.path);
-            return Err(io::ErrorKind::InvalidData.into());
-        }
-        let mut rest: &[u8] = bytes;
-        let mut runs = pages;
-        while let Some(first) = runs.first() {
-            let follows = runs
-                .iter()
-                .zip(*first..)
-                .take_while(|(page, at)| **page == *at);
-            let count = follows.count();
-            let (run, later) = rest
-                .split_at_checked(count.saturating_mul(PAGE_BYTES))
-                .unwrap_or_default();
-            fill(run, first.saturating_mul(PAGE))?;
-            (rest, runs) = (later, runs.get(count..).unwrap_or_default());
-        }
-        brought.store(true, Ordering::Release);
         Ok(())
     }
+
+    /// Those that are brought in when the guest runs.
+    pub(super) fn later(&self) -> impl Iterator<Item = u64> + '_ {
+        self.pages.iter().skip(EARLY).copied()
+    }
+
+    /// All, in no order that matters.
+    pub(super) fn pages(&self) -> impl Iterator<Item = u64> + '_ {
+        self.pages.iter().copied()
+    }
+
+    /// Reads a page, if it is one of these.
+    pub(super) fn read(&self, page: u64, bytes: &mut [u8; PAGE_BYTES]) -> Option<io::Result<()>> {
+        let place = *self.places.get(&page)?;
+        let at = (place as u64).saturating_mul(PAGE);
+        Some(self.file.read_exact_at(bytes, at))
+    }
+}
+
+/// The snapshots of which there is something.
+pub(super) fn all(folder: &Path) -> Vec<SnapshotId> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    names
+        .filter_map(|name| name.strip_suffix(".pages.ok")?.parse().ok())
+        .collect()
 }
 
 /// Forgets a snapshot.
 pub(super) fn remove(folder: &Path, id: SnapshotId) {
-    let _ = std::fs::remove_file(path(folder, id));
+    let path = path(folder, id);
+    let _ = std::fs::remove_file(record_path(&path));
+    let _ = std::fs::remove_file(path);
 }
 
 fn path(folder: &Path, id: SnapshotId) -> PathBuf {
     folder.join(format!("{id}.pages"))
 }
 
-fn head_sum(id: SnapshotId, start: &[u8], head: &[u8]) -> blake3::Hash {
+fn record_path(path: &Path) -> PathBuf {
+    path.with_added_extension("ok")
+}
+
+/// Of an unchanged file. Who writes to it can set the time of its last writing back, and not that of its last change.
+fn identity_of(file: &Metadata) -> [u64; IDENTITY] {
+    [
+        file.dev(),
+        file.ino(),
+        file.mtime().cast_unsigned(),
+        file.mtime_nsec().cast_unsigned(),
+        file.ctime().cast_unsigned(),
+        file.ctime_nsec().cast_unsigned(),
+    ]
+}
+
+fn record_sum(id: SnapshotId, record: &[u8]) -> blake3::Hash {
     let mut sum = blake3::Hasher::new();
     sum.update(id.to_string().as_bytes());
-    sum.update(start).update(head).finalize()
+    sum.update(record).finalize()
 }
 
 fn words(bytes: &[u8]) -> Vec<u64> {
@@ -215,7 +226,7 @@ mod tests {
     }
 
     fn content(page: u64) -> Vec<u8> {
-        let word = page.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
+        let word = (page + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
         word.repeat(PAGE_BYTES / 8)
     }
 
@@ -228,26 +239,30 @@ mod tests {
         path(folder, id(1))
     }
 
-    /// Brings all in; which pages that were, each with what it has to be.
+    /// Brings the early ones in; which pages are there then, each with what it has to be.
     fn brought(first: &First) -> io::Result<Vec<u64>> {
-        let mut all = Vec::new();
-        for group in 0..first.groups() {
-            first.bring(group, |bytes, at| {
-                for (number, bytes) in bytes.chunks(PAGE_BYTES).enumerate() {
-                    let page = at / PAGE + number as u64;
-                    assert_eq!(bytes, content(page));
-                    all.push(page);
-                }
-                Ok(())
-            })?;
+        let memory = tempfile::tempfile()?;
+        memory.set_len(LENGTH)?;
+        first.bring_early(&memory)?;
+        let mut there = Vec::new();
+        let mut bytes = vec![0; PAGE_BYTES];
+        for page in first.pages() {
+            memory.read_exact_at(&mut bytes, page * PAGE)?;
+            if bytes == content(page) {
+                there.push(page);
+            } else {
+                assert!(bytes.iter().all(|byte| *byte == 0), "page {page}");
+            }
         }
-        Ok(all)
+        let blocks = memory.metadata()?.blocks();
+        assert!(blocks / 8 <= 2 * there.len() as u64 + 64, "{blocks}");
+        Ok(there)
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(48))]
         #[test]
-        fn what_was_written_is_brought_in_once_in_its_order(
+        fn what_was_written_is_brought_in_and_read(
             pages in proptest::collection::hash_set(0_u64..LENGTH / PAGE, 1..100)
         ) {
             let folder = tempfile::tempdir().unwrap();
@@ -261,72 +276,115 @@ mod tests {
             }
             written(folder.path(), &pages);
             let first = First::open(folder.path(), id(1), LENGTH).unwrap();
-            prop_assert_eq!(brought(&first).unwrap(), pages.clone());
-            prop_assert!(brought(&first).unwrap().is_empty());
-            for (at, page) in pages.iter().enumerate() {
-                prop_assert_eq!(first.group_of(*page), Some(at / GROUP));
-            }
-            // Of another snapshot, and for less memory.
-            std::fs::copy(path(folder.path(), id(1)), path(folder.path(), id(2))).unwrap();
-            prop_assert!(First::open(folder.path(), id(2), LENGTH).is_none());
             let last = pages.iter().max().unwrap() * PAGE;
+            pages.sort_unstable();
+            prop_assert_eq!(brought(&first).unwrap(), pages.clone());
+            prop_assert_eq!(first.later().count(), 0);
+            let mut bytes = [0; PAGE_BYTES];
+            for page in &pages {
+                first.read(*page, &mut bytes).unwrap().unwrap();
+                prop_assert_eq!(&bytes[..], &content(*page));
+            }
+            let other = (0..).find(|page| !pages.contains(page)).unwrap();
+            prop_assert!(first.read(other, &mut bytes).is_none());
+            // For less memory.
             prop_assert!(First::open(folder.path(), id(1), last).is_none());
         }
 
         #[test]
-        fn damage_anywhere_is_noticed_and_never_brought_in(at in any::<prop::sample::Index>(), bit in 0..8) {
+        fn damage_of_the_record_is_noticed(at in any::<prop::sample::Index>(), bit in 0..8, cut: bool) {
             let folder = tempfile::tempdir().unwrap();
             let pages: Vec<u64> = (0..40).map(|page| page * 3).collect();
-            let path = written(folder.path(), &pages);
-            let mut bytes = std::fs::read(&path).unwrap();
+            let record = record_path(&written(folder.path(), &pages));
+            let mut bytes = std::fs::read(&record).unwrap();
             let at = at.index(bytes.len());
             bytes[at] ^= 1_u8 << bit;
-            std::fs::write(&path, &bytes).unwrap();
-            if let Some(first) = First::open(folder.path(), id(1), LENGTH) {
-                prop_assert!(brought(&first).is_err());
-                prop_assert!(!path.exists(), "it is forgotten");
+            if cut {
+                bytes.truncate(at);
             }
+            std::fs::write(&record, &bytes).unwrap();
+            prop_assert!(First::open(folder.path(), id(1), LENGTH).is_none());
         }
 
         #[test]
-        fn any_file_is_taken_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200), with_magic: bool) {
+        fn any_record_is_taken_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200), with_magic: bool) {
             let folder = tempfile::tempdir().unwrap();
-            let bytes = if with_magic { [&MAGIC[..], &bytes].concat() } else { bytes };
-            std::fs::write(path(folder.path(), id(1)), bytes).unwrap();
+            written(folder.path(), &[1]);
+            let mut bytes = if with_magic { [&MAGIC[..], &bytes].concat() } else { bytes };
+            let sum = record_sum(id(1), &bytes);
+            bytes.extend_from_slice(sum.as_bytes());
+            std::fs::write(record_path(&path(folder.path(), id(1))), bytes).unwrap();
             prop_assert!(First::open(folder.path(), id(1), LENGTH).is_none());
         }
     }
 
     #[test]
-    fn a_file_that_is_cut_short_is_noticed() {
-        let folder = tempfile::tempdir().unwrap();
-        let pages: Vec<u64> = (0..20).collect();
-        let path = written(folder.path(), &pages);
-        let bytes = std::fs::read(&path).unwrap();
-        for cut in [
-            0,
-            7,
-            11,
-            100,
-            300,
-            bytes.len() - PAGE_BYTES,
-            bytes.len() - 1,
-        ] {
-            std::fs::write(&path, &bytes[..cut]).unwrap();
-            if let Some(first) = First::open(folder.path(), id(1), LENGTH) {
-                assert!(brought(&first).is_err(), "{cut}");
-            }
+    fn pages_that_were_changed_replaced_or_are_of_another_are_not_used() {
+        type Spoil = fn(&Path);
+        let spoils: [Spoil; 6] = [
+            |path| {
+                let times = std::fs::metadata(path).unwrap().modified().unwrap();
+                std::fs::set_permissions(path, Permissions::from_mode(0o600)).unwrap();
+                let mut file = File::options().write(true).open(path).unwrap();
+                file.write_all(b"other").unwrap();
+                file.set_modified(times).unwrap();
+            },
+            |path| {
+                let copy = path.with_extension("copy");
+                std::fs::copy(path, &copy).unwrap();
+                std::fs::rename(copy, path).unwrap();
+            },
+            |path| {
+                std::fs::set_permissions(path, Permissions::from_mode(0o600)).unwrap();
+                let file = File::options().write(true).open(path).unwrap();
+                file.set_len(PAGE).unwrap();
+            },
+            |path| std::fs::remove_file(path).unwrap(),
+            |path| std::fs::remove_file(record_path(path)).unwrap(),
+            |path| std::fs::write(record_path(path), vec![0xff; 1 << 20]).unwrap(),
+        ];
+        for (number, spoil) in spoils.iter().enumerate() {
+            let folder = tempfile::tempdir().unwrap();
+            let path = written(folder.path(), &[3, 4, 9]);
+            assert!(First::open(folder.path(), id(1), LENGTH).is_some());
+            std::thread::sleep(std::time::Duration::from_millis(15));
+            spoil(&path);
+            let found = First::open(folder.path(), id(1), LENGTH);
+            assert!(found.is_none(), "{number}");
         }
+        let folder = tempfile::tempdir().unwrap();
+        let one = written(folder.path(), &[3]);
+        let other = path(folder.path(), id(2));
+        std::fs::rename(record_path(&one), record_path(&other)).unwrap();
+        std::fs::rename(one, other).unwrap();
+        assert!(First::open(folder.path(), id(2), LENGTH).is_none());
+    }
+
+    #[test]
+    fn a_file_that_gets_shorter_meanwhile_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = written(folder.path(), &[3, 4, 9]);
+        let first = First::open(folder.path(), id(1), LENGTH).unwrap();
+        std::fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+        let file = File::options().write(true).open(path).unwrap();
+        file.set_len(PAGE + 1).unwrap();
+        assert!(brought(&first).is_err());
+        assert!(first.read(9, &mut [0; PAGE_BYTES]).unwrap().is_err());
     }
 
     #[test]
     fn it_is_bounded_and_not_written_twice() {
         let folder = tempfile::tempdir().unwrap();
-        let pages: Vec<u64> = (0..5000).collect();
+        let pages: Vec<u64> = (0..5000).rev().collect();
         written(folder.path(), &pages);
         written(folder.path(), &[9]);
         let first = First::open(folder.path(), id(1), LENGTH).unwrap();
-        assert_eq!(brought(&first).unwrap().len(), MOST);
+        // Those that were needed first, in a convenient order.
+        let early: Vec<u64> = (5000 - EARLY as u64..5000).collect();
+        assert_eq!(brought(&first).unwrap(), early);
+        assert_eq!(first.pages().count(), MOST);
+        assert_eq!(first.later().count(), MOST - EARLY);
+        assert_eq!(all(folder.path()), [id(1)]);
         remove(folder.path(), id(1));
         assert!(First::open(folder.path(), id(1), LENGTH).is_none());
         // A page that cannot be read: nothing is remembered.

@@ -16,7 +16,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -28,7 +28,7 @@ use super::capture::{enough_memory, memory, sealable};
 use super::first::{self, First};
 use super::regions::{Regions, receive};
 use super::templates::{Part, read_only};
-use super::touched::Touched;
+use super::touched::{self, Touched};
 use super::{Busy, Shared, calls, locked, log};
 use crate::images;
 use crate::sys::{Filling, Userfault};
@@ -36,12 +36,13 @@ use crate::v1;
 
 /// Bytes that one fault brings in.
 const BLOCK: u64 = 64 << 10;
-/// Pages that an earlier guest needed first, in groups: so many are here before the guest runs.
-const EARLY_GROUPS: usize = 12;
 /// What nobody waits for is brought in when no guest has needed a page for so long,
 const QUIET: Duration = Duration::from_millis(20);
 /// or after this time.
 const IMPATIENCE: Duration = Duration::from_secs(2);
+
+/// How far back what earlier guests needed is looked for.
+const GENERATIONS: usize = 4;
 
 /// Images that are being filled, by snapshot.
 #[derive(Default)]
@@ -65,8 +66,12 @@ pub(crate) struct Lazy {
     blocks: Mutex<Vec<Block>>,
     changed: Condvar,
     touched: Mutex<Touched>,
+    /// What is brought in because a guest of an earlier snapshot needed it.
+    expected: Mutex<Touched>,
     /// What an earlier guest needed; `None`: it is being found out, page by page.
     first: Option<First>,
+    /// Somebody fills it behind the guests.
+    is_filled: AtomicBool,
     begun: Instant,
     /// When a guest last needed a page, in nanoseconds after `begun`.
     needed: AtomicU64,
@@ -98,8 +103,6 @@ impl Lazies {
                 Some(lazy) => Arc::clone(lazy),
                 None => {
                     let lazy = Arc::new(Lazy::new(reader, &shared.touched)?);
-                    lazy.bring_first(0..EARLY_GROUPS);
-                    fill_behind(shared, &lazy)?;
                     all.insert(id, Arc::clone(&lazy));
                     lazy
                 }
@@ -116,6 +119,28 @@ impl Lazies {
         opened().map_err(failed)
     }
 
+    /// What guests of a snapshot needed, so far as it is known: of this one, or of the nearest of those before it.
+    fn expected(&self, shared: &Shared, reader: &Reader) -> Touched {
+        let mut nearest = Touched::load(&shared.touched, reader.manifest().id);
+        let mut parent = reader.manifest().parents.first().copied();
+        let mut left = GENERATIONS;
+        while nearest.is_empty()
+            && left > 0
+            && let Some(id) = parent
+        {
+            left -= 1;
+            nearest = Touched::load(&shared.touched, id);
+            if nearest.is_empty() {
+                // Or its guests still need more.
+                let running = locked(&self.0).get(&id).cloned();
+                nearest = running.map(|lazy| lazy.noticed()).unwrap_or_default();
+                let reader = shared.store.read(id).ok();
+                parent = reader.and_then(|reader| reader.manifest().parents.first().copied());
+            }
+        }
+        nearest
+    }
+
     fn forget(&self, id: SnapshotId) {
         locked(&self.0).remove(&id);
     }
@@ -125,28 +150,24 @@ impl Lazy {
     fn new(reader: Arc<Reader>, folder: &Path) -> io::Result<Self> {
         let image = reader.image(images::MEMORY).map_err(io::Error::other)?;
         let length = image.length;
-        let file = sealable("lazy template")?;
-        file.set_len(length)?;
+        let id = reader.manifest().id;
+        let (file, first) = begun(folder, id, length)?;
         file.set_permissions(Permissions::from_mode(0o400))?;
         // A mapping that was there before goes on writing.
         let filling = Filling::new(&file, length)?;
         let seals = SealFlags::FUTURE_WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
         fcntl_add_seals(&file, seals)?;
         let count = usize::try_from(length.div_ceil(BLOCK)).map_err(io::Error::other)?;
-        let id = reader.manifest().id;
-        let first = First::open(folder, id, length);
-        if first.is_none() {
-            // One that is damaged makes room for a good one.
-            first::remove(folder, id);
-        }
         Ok(Self {
             file,
             filling,
             length,
             blocks: Mutex::new(vec![Block::Missing; count]),
             changed: Condvar::new(),
-            touched: Mutex::new(Touched::default()),
+            touched: Mutex::default(),
+            expected: Mutex::default(),
             first,
+            is_filled: AtomicBool::new(false),
             begun: Instant::now(),
             needed: AtomicU64::new(0),
             reader,
@@ -218,32 +239,53 @@ impl Lazy {
         Ok(())
     }
 
-    /// Groups of what an earlier guest needed. What cannot be had so comes from chunks when it is needed.
-    fn bring_first(&self, groups: Range<usize>) {
-        let Some(first) = &self.first else { return };
-        for group in groups.start..groups.end.min(first.groups()) {
-            let _ = first.bring(group, |bytes, at| self.filling.fill(bytes, at));
-        }
-    }
-
     /// Brings in one page, if it is known to be needed or that is being found out. Returns whether it is here.
     fn bring_page(&self, offset: u64) -> bool {
         let page = offset / PAGE;
         let Some(first) = &self.first else {
             // More is not remembered, and in blocks it comes sooner.
-            if locked(&self.touched).len() >= first::MOST {
-                return false;
-            }
-            let mut bytes = [0; PAGE as usize];
-            let start = page.saturating_mul(PAGE);
-            let read = self.reader.read(images::MEMORY, start, &mut bytes);
-            return read.is_ok() && self.filling.fill(&bytes, start).is_ok();
+            return locked(&self.touched).len() < first::MOST && self.bring_from_chunk(page);
         };
-        let group = first.group_of(page);
-        group.is_some_and(|group| {
-            let brought = first.bring(group, |bytes, at| self.filling.fill(bytes, at));
-            brought.is_ok()
+        let mut bytes = [0; PAGE as usize];
+        let read = first.read(page, &mut bytes);
+        read.is_some_and(|read| read.is_ok())
+            && self.filling.fill(&bytes, page.saturating_mul(PAGE)).is_ok()
+    }
+
+    fn bring_from_chunk(&self, page: u64) -> bool {
+        let mut bytes = [0; PAGE as usize];
+        let start = page.saturating_mul(PAGE);
+        let read = self.reader.read(images::MEMORY, start, &mut bytes);
+        read.is_ok() && self.filling.fill(&bytes, start).is_ok()
+    }
+
+    /// Whether a page is more than zeros.
+    fn has_data(&self, page: u64) -> bool {
+        let image = self.reader.image(images::MEMORY);
+        image.is_ok_and(|image| {
+            image
+                .extents_in(page..page.saturating_add(1))
+                .next()
+                .is_some()
         })
+    }
+
+    /// Brings in at once what will presumably be needed.
+    fn bring_expected(&self, expected: Touched) {
+        let pages: Vec<u64> = expected.in_order().take(touched::EXPECTED).collect();
+        // Before: a guest that ends meanwhile has what is expected written down.
+        *locked(&self.expected) = expected;
+        for page in pages.into_iter().filter(|page| self.has_data(*page)) {
+            // Whoever needs it will see why it is not there.
+            self.bring_from_chunk(page);
+        }
+    }
+
+    /// What guests needed, and what they were given before they could.
+    fn noticed(&self) -> Touched {
+        // Other guests' faults are noted meanwhile.
+        let touched = locked(&self.touched).clone();
+        touched.followed_by(&locked(&self.expected))
     }
 
     /// Waits for a moment at which no guest needs pages.
@@ -261,7 +303,9 @@ impl Lazy {
     /// Everything that is not zero, what earlier guests needed first.
     fn bring_all(&self, first: &Touched) -> Result<(), String> {
         self.wait_for_quiet();
-        self.bring_first(EARLY_GROUPS..first::MOST);
+        for page in self.first.iter().flat_map(First::later) {
+            self.bring_page(page.saturating_mul(PAGE));
+        }
         for page in first.pages() {
             let offset = page.saturating_mul(PAGE);
             if offset < self.length {
@@ -283,22 +327,15 @@ impl Lazy {
 
     /// Writes down what was needed, for the next guest.
     fn save(&self, folder: &Path, id: SnapshotId) {
-        // Other guests' faults are noted meanwhile.
-        let touched = locked(&self.touched).clone();
+        static SAVING: Mutex<()> = Mutex::new(());
+        let _one_at_a_time = locked(&SAVING);
+        let touched = self.noticed();
         touched.save(folder, id);
         if self.first.is_some() {
             return;
         }
-        let is_data = |page: &u64| {
-            let offset = page.saturating_mul(PAGE);
-            let data = self.data(&self.block(offset));
-            data.iter().any(|part| part.contains(&offset))
-        };
-        let pages: Vec<u64> = touched
-            .in_order()
-            .filter(is_data)
-            .take(first::MOST)
-            .collect();
+        let pages = touched.in_order().filter(|page| self.has_data(*page));
+        let pages: Vec<u64> = pages.take(first::MOST).collect();
         let written = First::write(folder, id, &pages, |page, bytes| {
             let read = self
                 .reader
@@ -354,9 +391,30 @@ impl Lazy {
     }
 }
 
+/// A file for memory, with what an earlier guest needed first if that is known.
+fn begun(folder: &Path, id: SnapshotId, length: u64) -> io::Result<(File, Option<First>)> {
+    let empty = || -> io::Result<File> {
+        let file = sealable("lazy template")?;
+        file.set_len(length)?;
+        Ok(file)
+    };
+    if let Some(first) = First::open(folder, id, length) {
+        let file = empty()?;
+        match first.bring_early(&file) {
+            Ok(()) => return Ok((file, Some(first))),
+            Err(error) => log::line(&format!(
+                "what guests of snapshot {id} need first cannot be read: {error}"
+            )),
+        }
+    }
+    // One that is damaged makes room for a good one.
+    first::remove(folder, id);
+    Ok((empty()?, None))
+}
+
 /// Serves the faults of one guest, until its VMM ends.
-fn serve(lazy: &Lazy, socket: &UnixStream, busy: &Busy) {
-    if let Err(error) = try_serve(lazy, socket) {
+fn serve(lazy: &Arc<Lazy>, socket: &UnixStream, busy: &Busy) {
+    if let Err(error) = try_serve(busy.shared(), lazy, socket) {
         let id = lazy.reader.manifest().id;
         log::line(&format!(
             "the faults of a guest of snapshot {id} are not served any more, which stops it: {error}"
@@ -367,9 +425,16 @@ fn serve(lazy: &Lazy, socket: &UnixStream, busy: &Busy) {
     lazy.save(&shared.touched, id);
 }
 
-fn try_serve(lazy: &Lazy, socket: &UnixStream) -> io::Result<()> {
+fn try_serve(shared: &Arc<Shared>, lazy: &Arc<Lazy>, socket: &UnixStream) -> io::Result<()> {
+    let told = receive(socket, lazy.length);
+    // Not before: whoever asked for the guest waited until now.
+    if !lazy.is_filled.swap(true, Ordering::Relaxed)
+        && let Err(error) = fill_behind(shared, lazy)
+    {
+        log::line(&format!("memory comes only as guests need it: {error}"));
+    }
     // One that is never told of has no guest.
-    let Some((regions, userfault)) = receive(socket, lazy.length)? else {
+    let Some((regions, userfault)) = told? else {
         return Ok(());
     };
     let userfault = Userfault::try_from(userfault)?;
@@ -418,9 +483,14 @@ fn fill_behind(shared: &Arc<Shared>, lazy: &Arc<Lazy>) -> io::Result<()> {
     let work = move || {
         let shared = busy.shared();
         let id = lazy.reader.manifest().id;
+        if lazy.first.is_none() {
+            lazy.bring_expected(shared.lazies.expected(shared, &lazy.reader));
+        }
         let first = Touched::load(&shared.touched, id);
         match lazy.bring_all(&first) {
             Ok(()) => {
+                // The next snapshot of this guest may be restored while it still runs.
+                lazy.save(&shared.touched, id);
                 calls::keep_template(shared, &lazy.reader, Part::Memory, |file| {
                     copy_data(&lazy, file)
                 });

@@ -10,6 +10,8 @@ use super::first;
 
 /// Pages that are remembered, at most: 64 KiB come with each, so that is 256 MiB.
 const MOST: usize = 4096;
+/// Pages that are expected to be needed again by guests of snapshots that were taken later.
+pub(super) const EXPECTED: usize = 1024;
 /// How the file begins; then a word for each page: its number times two, and one if it was written.
 const MAGIC: &[u8; 8] = b"BJTOUCH1";
 
@@ -46,6 +48,24 @@ impl Touched {
     /// All, in the order in which they were touched.
     pub(super) fn in_order(&self) -> impl Iterator<Item = u64> + '_ {
         self.order.iter().map(|(page, _)| *page)
+    }
+
+    /// Whether there are none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.order.is_empty()
+    }
+
+    /// These, and behind them what an earlier guest needed, as far as so many can be expected again: who was given
+    /// a page before it was needed does not touch it in a way that is noticed, and what is not needed any more has to
+    /// be forgotten at last.
+    pub(super) fn followed_by(mut self, earlier: &Self) -> Self {
+        for (page, is_write) in &earlier.order {
+            if self.len() >= EXPECTED {
+                break;
+            }
+            self.note(*page, *is_write);
+        }
+        self
     }
 
     fn encode(&self) -> Vec<u8> {
@@ -98,7 +118,7 @@ pub(super) fn keep_only(folder: &Path, ids: &HashSet<SnapshotId>) {
         let name = name.to_str().unwrap_or_default();
         let (id, rest) = name.split_once('.').unwrap_or((name, ""));
         let is_kept = id.parse().is_ok_and(|id| ids.contains(&id));
-        if !is_kept || !["", "pages"].contains(&rest) {
+        if !is_kept || !["", "pages", "pages.ok"].contains(&rest) {
             let _ = std::fs::remove_file(entry.path());
         }
     }
@@ -130,6 +150,24 @@ mod tests {
     }
 
     #[test]
+    fn what_was_expected_follows_until_there_is_enough() {
+        let of = |pages: std::ops::Range<u64>| {
+            let mut touched = Touched::default();
+            pages.for_each(|page| touched.note(page, page % 2 == 0));
+            touched
+        };
+        let both = of(3..5).followed_by(&of(0..5));
+        assert_eq!(both.in_order().collect::<Vec<_>>(), [3, 4, 0, 1, 2]);
+        assert_eq!(both.pages().collect::<Vec<_>>(), [3, 1, 4, 0, 2]);
+        let most = EXPECTED as u64;
+        let both = of(0..most - 1).followed_by(&of(most..2 * most));
+        assert_eq!(both.len(), EXPECTED);
+        assert_eq!(both.in_order().last(), Some(most));
+        // What was noticed is never forgotten for it.
+        assert_eq!(of(0..2 * most).followed_by(&of(0..9)).len(), 2 * EXPECTED);
+    }
+
+    #[test]
     fn it_has_an_end() {
         let mut touched = Touched::default();
         (0..10_000).for_each(|page| touched.note(page, false));
@@ -152,7 +190,7 @@ mod tests {
         let ids: Vec<SnapshotId> = ["01", "02"]
             .map(|byte| byte.repeat(16).parse().unwrap())
             .into();
-        let names = ["", ".pages", ".new", ".pages.new"];
+        let names = ["", ".pages", ".pages.ok", ".new", ".pages.new"];
         for id in &ids {
             for name in names {
                 std::fs::write(folder.path().join(format!("{id}{name}")), "x").unwrap();
@@ -165,6 +203,7 @@ mod tests {
             .map(|entry| entry.file_name().into_string().unwrap())
             .collect();
         left.sort();
-        assert_eq!(left, [format!("{}", ids[1]), format!("{}.pages", ids[1])]);
+        let kept = ["", ".pages", ".pages.ok"].map(|name| format!("{}{name}", ids[1]));
+        assert_eq!(left, kept);
     }
 }

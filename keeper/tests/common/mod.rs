@@ -140,6 +140,16 @@ pub(crate) fn pages(seed: u64, count: usize) -> Vec<u8> {
 
 /// A capture with a hole; returns its id and what memory is.
 pub(crate) fn capture(client: &mut Client, seed: u64, tag: &str) -> (String, Vec<u8>) {
+    capture_after(client, seed, tag, &[])
+}
+
+/// The same, of a sandbox that comes from other snapshots.
+pub(crate) fn capture_after(
+    client: &mut Client,
+    seed: u64,
+    tag: &str,
+    parents: &[String],
+) -> (String, Vec<u8>) {
     let (_, files) = begin(client, "");
     files[0].write_all_at(b"state", 0).unwrap();
     files[1].set_len(8 * MIB).unwrap();
@@ -153,6 +163,7 @@ pub(crate) fn capture(client: &mut Client, seed: u64, tag: &str) -> (String, Vec
     files[2].write_all_at(b"on disk", 4096).unwrap();
     let call = v1::Keep {
         tags: vec![tag.to_owned()],
+        parents: parents.to_vec(),
         ..v1::Keep::default()
     };
     (keep(client, call).unwrap(), memory)
