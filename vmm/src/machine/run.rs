@@ -29,6 +29,7 @@ use crate::config::{
 };
 use crate::legacy::MachineEvent;
 use crate::memory::handled::Faults;
+use crate::memory::own;
 use crate::metrics::{FLUSH_PERIOD, Metrics, Registry};
 use crate::virtio::balloon::BalloonHandle;
 use crate::virtio::mmio::lock;
@@ -109,6 +110,8 @@ struct Machine {
     manager: EventManager<Subscriber>,
     metrics: Metrics,
     next_flush: Option<Instant>,
+    /// When what loading took is given back.
+    give_back: Option<Instant>,
     prepared: Option<Prepared>,
     ahead: Ahead,
     guest: Option<Guest>,
@@ -140,6 +143,9 @@ struct Hinting {
 
 /// How often it is looked whether the guest has named its free pages: it does so on the vCPU's thread.
 const HINTING_LOOK: Duration = Duration::from_millis(1);
+
+/// Then whoever waits for a guest that was loaded has its first answer.
+const GIVE_BACK_AFTER: Duration = Duration::from_millis(250);
 
 /// A snapshot that a frozen copy of this process writes.
 struct Captured {
@@ -209,6 +215,7 @@ impl Machine {
             manager,
             metrics: Metrics::new(registry),
             next_flush: None,
+            give_back: None,
             prepared: None,
             ahead: Ahead::default(),
             guest: None,
@@ -291,7 +298,8 @@ impl Machine {
     fn event_loop(&mut self) -> Ending {
         loop {
             let look = self.hinting.as_ref().map(|_| Instant::now() + HINTING_LOOK);
-            let turn = match self.next_flush.into_iter().chain(look).min() {
+            let timers = [self.next_flush, self.give_back, look];
+            let turn = match timers.into_iter().flatten().min() {
                 None => self.manager.run(),
                 Some(at) => {
                     let left = at.saturating_duration_since(Instant::now());
@@ -319,6 +327,10 @@ impl Machine {
             }
             if self.next_flush.is_some_and(|at| Instant::now() >= at) {
                 self.flush_metrics();
+            }
+            if self.give_back.is_some_and(|at| Instant::now() >= at) {
+                self.give_back = None;
+                own::give_back();
             }
             if let Some(ending) = self.ending.take() {
                 return ending;
@@ -793,6 +805,7 @@ impl Machine {
         if load.resume_vm {
             self.resume();
         }
+        self.give_back = Some(Instant::now() + GIVE_BACK_AFTER);
         log_info!(
             "snapshot loaded in {} us",
             self.guest_started.map_or(0, |at| at.elapsed().as_micros())
