@@ -59,6 +59,9 @@ const EXT1_EDX: u32 = bits(&[
 /// Leaf 0x8000_0008: XSAVE error pointers, and what guests mitigate side channels with.
 const EXT8_EBX: u32 = bits(&[2, 12, 14, 15, 16, 17, 18, 24, 25, 26]);
 
+/// Leaf 0x4000_0001: asynchronous page faults, those while a guest of the guest runs, and by interrupt.
+const ASYNC_PF: u32 = bits(&[4, 10, 14]);
+
 /// The CPUID of vCPU `index` of `count`.
 pub fn for_vcpu(
     supported: &CpuId,
@@ -199,6 +202,9 @@ fn describe(entry: &mut kvm_cpuid_entry2, index: u8, count: u8) {
                 level => (0, 0, level),
             };
         }
+        // Guests whose pages come late were seen to wait for ever, on one vCPU, for the lock that the interrupt of such
+        // a fault takes (`kvm_async_pf_task_wake`); other VMMs met crashes there, and vCPUs that never rest.
+        0x4000_0001 => entry.eax &= !ASYNC_PF,
         0x8000_0001 => entry.ecx &= !(1 << 2),
         0x8000_0008 => entry.ecx = shift << 12 | (count32 - 1),
         0x8000_001d if entry.eax & 0x1f != 0 => {
@@ -429,6 +435,14 @@ mod tests {
         saved[0].ebx = u32::from_le_bytes(*b"Auth");
         let refused = check_portable(&saved, &host).unwrap_err();
         assert!(refused.to_string().contains("Auth"), "{refused}");
+    }
+
+    #[test]
+    fn asynchronous_page_faults_are_never_offered() {
+        for baseline in [Baseline::Portable, Baseline::Host] {
+            let cpuid = make(&[entry(0x4000_0001, 0)], 0, 1, baseline);
+            assert_eq!(find(&cpuid, 0x4000_0001).eax, !0b100_0100_0001_0000);
+        }
     }
 
     #[test]
