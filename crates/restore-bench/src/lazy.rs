@@ -1,6 +1,5 @@
 //! A snapshot in a store of its own, from which guests are restored straight from chunks: by a keeper, as sandboxes are.
 
-use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -29,8 +28,9 @@ const RETRY: Duration = Duration::from_millis(5);
 pub struct Chunks {
     keeper: Keeper,
     id: String,
-    /// What the keeper wrote down of a guest that touched it: files by their names.
-    touched: Vec<(OsString, Vec<u8>)>,
+    /// The keeper wrote down what a guest touched. It believes only files that nobody has changed or replaced, so their
+    /// folder is moved.
+    is_remembered: bool,
 }
 
 /// What a VMM restores it with.
@@ -74,7 +74,7 @@ impl Chunks {
         Ok(Self {
             keeper,
             id: accepted.id,
-            touched: Vec::new(),
+            is_remembered: false,
         })
     }
 
@@ -84,13 +84,15 @@ impl Chunks {
         end_keeper(&self.keeper)?;
         let templates = self.keeper.dir.join("templates");
         let _ = fs::remove_dir_all(&templates);
-        let folder = self.touched_folder();
+        let (folder, aside) = (self.touched_folder(), self.remembered_folder());
+        let moved =
+            |from: &Path, to: &Path| fs::rename(from, to).attempt("cannot keep what was touched");
+        if self.is_remembered && !aside.exists() {
+            moved(&folder, &aside)?;
+        }
         let _ = fs::remove_dir_all(&folder);
-        if keep_touched {
-            fs::create_dir(&folder).attempt("cannot write what was touched")?;
-            for (name, bytes) in &self.touched {
-                fs::write(folder.join(name), bytes).attempt("cannot write what was touched")?;
-            }
+        if keep_touched && self.is_remembered {
+            moved(&aside, &folder)?;
         }
         let mut client = self.keeper.connect().attempt("the keeper")?;
         // What it does once is not part of a restore.
@@ -131,7 +133,7 @@ impl Chunks {
     pub fn remember(&mut self) -> Result<()> {
         let limit = Instant::now() + PATIENCE;
         // The pages themselves come last.
-        let last = format!("{}.pages", self.id);
+        let last = format!("{}.pages.ok", self.id);
         while !self.touched_folder().join(&last).exists() {
             if Instant::now() > limit {
                 return Err(Failure(
@@ -140,16 +142,16 @@ impl Chunks {
             }
             std::thread::sleep(RETRY);
         }
-        for entry in fs::read_dir(self.touched_folder()).attempt("what was touched")? {
-            let entry = entry.attempt("what was touched")?;
-            let bytes = fs::read(entry.path()).attempt("what was touched")?;
-            self.touched.push((entry.file_name(), bytes));
-        }
+        self.is_remembered = true;
         Ok(())
     }
 
     fn touched_folder(&self) -> PathBuf {
         self.keeper.dir.join("touched")
+    }
+
+    fn remembered_folder(&self) -> PathBuf {
+        self.keeper.dir.join("touched.kept")
     }
 
     /// Ends the keeper and removes the store.
