@@ -101,6 +101,11 @@ impl Chunks {
         Ok(client)
     }
 
+    /// Has the keeper do nothing until it is needed again.
+    pub fn rest(&self) -> Result<()> {
+        end_keeper(&self.keeper)
+    }
+
     /// Opens it for one guest.
     pub fn open(&self) -> Result<Opened> {
         let mut client = self.keeper.connect().attempt("the keeper")?;

@@ -277,6 +277,10 @@ impl Run<'_> {
         round: u32,
     ) -> Result<Vec<Iteration>> {
         let (subject, saved) = (&ready.subject, &ready.saved);
+        if let Some(chunks) = &saved.chunks {
+            // It may still be filling memory for the guest before.
+            chunks.rest()?;
+        }
         // What the ends of the VMMs before left to the host's kernel is done by then.
         std::thread::sleep(SETTLING);
         self.cool(ready, way.cache)?;
