@@ -99,21 +99,19 @@ impl Lazies {
         }
         let opened = || -> io::Result<(File, OwnedFd)> {
             let mut all = locked(&self.0);
-            let lazy = match all.get(&id) {
-                Some(lazy) => Arc::clone(lazy),
-                None => {
-                    let lazy = Arc::new(Lazy::new(reader, &shared.touched)?);
-                    all.insert(id, Arc::clone(&lazy));
-                    lazy
-                }
+            let known = all.get(&id).cloned();
+            let lazy = match known {
+                Some(lazy) => lazy,
+                None => Arc::new(Lazy::new(reader, &shared.touched)?),
             };
-            drop(all);
             let (ours, theirs) = UnixStream::pair()?;
             let file = read_only(&lazy.file)?;
-            let busy = Busy::begin(shared);
+            let (served, busy) = (Arc::clone(&lazy), Busy::begin(shared));
             std::thread::Builder::new()
                 .name("faults".to_owned())
-                .spawn(move || serve(&lazy, &ours, &busy))?;
+                .spawn(move || serve(&served, &ours, &busy))?;
+            // Only when somebody sees to it: as long as it is here, the snapshot is not removed.
+            all.insert(id, lazy);
             Ok((file, theirs.into()))
         };
         opened().map_err(failed)
@@ -432,6 +430,7 @@ fn try_serve(shared: &Arc<Shared>, lazy: &Arc<Lazy>, socket: &UnixStream) -> io:
         && let Err(error) = fill_behind(shared, lazy)
     {
         log::line(&format!("memory comes only as guests need it: {error}"));
+        shared.lazies.forget(lazy.reader.manifest().id);
     }
     // One that is never told of has no guest.
     let Some((regions, userfault)) = told? else {

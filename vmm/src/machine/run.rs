@@ -110,7 +110,7 @@ struct Machine {
     manager: EventManager<Subscriber>,
     metrics: Metrics,
     next_flush: Option<Instant>,
-    /// When what loading took is given back.
+    /// When the stack that loading took is given back.
     give_back: Option<Instant>,
     prepared: Option<Prepared>,
     ahead: Ahead,
