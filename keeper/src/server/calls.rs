@@ -16,6 +16,7 @@ use super::attended::Attended;
 use super::capture::{ARCHITECTURE, sealable};
 use super::hot::Hot;
 use super::names::{io_error, refusal, snapshot};
+use super::quiet::Quiet;
 use super::session::Answered;
 use super::templates::{Held, Part, read_only};
 use super::{Busy, Point, Shared, check, log, touched};
@@ -344,15 +345,18 @@ pub(super) fn fill_ahead(shared: &Shared, id: SnapshotId, part: Part, held: &Hel
     }
 }
 
-/// Where a template's bytes go, as long as whoever fills it is not to give way.
+/// Where a template's bytes go, as long as whoever fills it is not to give way; not while a guest stands still, if it is
+/// filled ahead.
 struct Giving<'a> {
     file: &'a File,
-    held: Option<&'a Held<'a>>,
+    ahead: Option<(&'a Held<'a>, &'a Quiet)>,
 }
 
 impl Sink for Giving<'_> {
     fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.held.map_or(Ok(()), Held::go_on)?;
+        if let Some((held, quiet)) = self.ahead {
+            quiet.wait(|| held.go_on())?;
+        }
         self.file.write_all_at(bytes, offset)
     }
 }
@@ -366,10 +370,11 @@ fn template(
 ) -> Result<(File, bool), v1::Error> {
     let image = reader.image(part.image())?;
     let data = image.data_pages().saturating_mul(belljar_store::PAGE);
+    let ahead = held.map(|held| (held, &*shared.quiet));
     let fill = |file: &File| {
         room_for(shared, data).map_err(Refused)?;
         reader
-            .restore(part.image(), &Giving { file, held }, 0)
+            .restore(part.image(), &Giving { file, ahead }, 0)
             .map_err(|error| Refused(error.into()))?;
         Ok(())
     };

@@ -14,7 +14,6 @@
 //!
 //! Words are little-endian.
 
-use std::collections::HashMap;
 use std::fs::{File, Metadata, Permissions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
@@ -38,8 +37,8 @@ const LONGEST: u64 = (8 + (IDENTITY + MOST) * 8 + 32) as u64;
 #[derive(Debug)]
 pub(super) struct First {
     file: File,
+    /// Those that were needed first, at most [`EARLY`], and the others; both in ascending order.
     pages: Vec<u64>,
-    places: HashMap<u64, usize>,
 }
 
 impl First {
@@ -64,10 +63,8 @@ impl First {
         let good = *identity == identity_of(&is)
             && is.len() == (pages.len() as u64).saturating_mul(PAGE)
             && pages.iter().all(|page| *page < last);
-        let places = pages.iter().enumerate().map(|(at, page)| (*page, at));
         good.then(|| Self {
             file,
-            places: places.collect(),
             pages: pages.to_vec(),
         })
     }
@@ -128,10 +125,10 @@ impl First {
     /// # Errors
     /// What the kernel says. Then nobody may use `memory`: a page in it may be there in part.
     pub(super) fn bring_early(&self, mut memory: &File) -> io::Result<()> {
-        let early = self.pages.get(..self.pages.len().min(EARLY));
         let mut from = 0;
-        for run in early
-            .unwrap_or_default()
+        for run in self
+            .parts()
+            .0
             .chunk_by(|page, next| page.checked_add(1) == Some(*next))
         {
             let start = run.first().map_or(0, |page| page.saturating_mul(PAGE));
@@ -149,9 +146,14 @@ impl First {
         Ok(())
     }
 
+    /// Those that were needed first, and the others.
+    fn parts(&self) -> (&[u64], &[u64]) {
+        self.pages.split_at(self.pages.len().min(EARLY))
+    }
+
     /// Those that are brought in when the guest runs.
     pub(super) fn later(&self) -> impl Iterator<Item = u64> + '_ {
-        self.pages.iter().skip(EARLY).copied()
+        self.parts().1.iter().copied()
     }
 
     /// All, in no order that matters.
@@ -161,7 +163,11 @@ impl First {
 
     /// Reads a page, if it is one of these.
     pub(super) fn read(&self, page: u64, bytes: &mut [u8; PAGE_BYTES]) -> Option<io::Result<()>> {
-        let place = *self.places.get(&page)?;
+        let (early, later) = self.parts();
+        let place = early.binary_search(&page).ok().or_else(|| {
+            let place = later.binary_search(&page).ok()?;
+            place.checked_add(early.len())
+        })?;
         let at = (place as u64).saturating_mul(PAGE);
         Some(self.file.read_exact_at(bytes, at))
     }

@@ -10,6 +10,7 @@ mod hot;
 mod lazy;
 mod log;
 mod names;
+mod quiet;
 mod ready;
 mod recordings;
 mod regions;
@@ -76,6 +77,8 @@ pub(crate) struct Shared {
     pub(crate) lazies: lazy::Lazies,
     /// The folder of what guests touched first.
     pub(crate) touched: PathBuf,
+    /// Whether a guest stands still.
+    pub(crate) quiet: Arc<quiet::Quiet>,
     /// Held while what is said about a snapshot is changed.
     pub(crate) marking: Mutex<()>,
     pub(crate) surroundings: Arc<dyn Surroundings>,
@@ -213,6 +216,7 @@ fn serve(surroundings: Arc<dyn Surroundings>) -> Result<(), ServerError> {
         ready: ready::ReadyVmms::new(number(READY_VARIABLE)),
         lazies: lazy::Lazies::default(),
         touched: PathBuf::from("touched"),
+        quiet: Arc::default(),
         marking: Mutex::default(),
         surroundings,
         busy: AtomicUsize::new(0),

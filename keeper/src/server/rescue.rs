@@ -12,6 +12,7 @@ use belljar_protocol::{AGENT_PORT, hybrid};
 use rustix::fs::{Mode, OFlags};
 
 use super::log;
+use super::quiet::Still;
 
 /// For each step.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -27,6 +28,8 @@ pub(super) struct Held {
     pub(super) was_paused: bool,
     /// A share of the lock that keeps others from capturing, resuming or resetting it meanwhile.
     pub(super) _turn: Option<OwnedFd>,
+    /// Work that can wait does.
+    pub(super) _still: Still,
 }
 
 impl Held {

@@ -7,6 +7,7 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
 use super::names::refusal;
+use super::quiet::Still;
 use super::rescue::Held;
 use super::{Busy, Point, calls, capture, log};
 use crate::VERSION;
@@ -147,6 +148,7 @@ impl Session {
                 dir: PathBuf::from(&begin.sandbox_dir),
                 was_paused: begin.was_paused,
                 _turn: turn,
+                _still: Still::begin(&self.busy.shared().quiet),
             });
         }
         let begun = v1::Begun {

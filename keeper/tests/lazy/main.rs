@@ -15,7 +15,7 @@ use std::fs::File;
 use std::io::{IoSlice, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::mpsc;
@@ -188,11 +188,74 @@ fn a_guest_sees_each_page_as_it_was_and_the_next_one_finds_a_template() {
     let (opened, files) = open(&mut client, "one").unwrap();
     assert!(opened.hot);
     assert!(content(&files[1]) == memory);
+    assert_eq!(bad_templates(&mut client), [] as [String; 0]);
+}
+
+fn bad_templates(client: &mut Client) -> Vec<String> {
     let call = Call::Verify(v1::Verify {});
     let (Answer::Verified(verified), _) = client.call(call, &[], |_| {}).unwrap() else {
         panic!("not verified")
     };
-    assert_eq!(verified.bad_templates, [] as [String; 0]);
+    verified.bad_templates
+}
+
+/// Changes a byte of the pages kept of a snapshot, and has their record say that nobody did.
+fn falsify_first_pages(place: &Path, id: &str) {
+    let path = place.join(format!("touched/{id}.pages"));
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 77).unwrap();
+    file.write_all_at(&[byte[0] ^ 4], 77).unwrap();
+    let is = file.metadata().unwrap();
+    let identity = [
+        is.dev(),
+        is.ino(),
+        is.mtime().cast_unsigned(),
+        is.mtime_nsec().cast_unsigned(),
+        is.ctime().cast_unsigned(),
+        is.ctime_nsec().cast_unsigned(),
+    ];
+    let record = place.join(format!("touched/{id}.pages.ok"));
+    let mut bytes = std::fs::read(&record).unwrap();
+    for (word, at) in identity.iter().zip((8..).step_by(8)) {
+        bytes[at..at + 8].copy_from_slice(&word.to_le_bytes());
+    }
+    bytes.truncate(bytes.len() - 32);
+    let sum = blake3::hash(&[id.as_bytes(), &bytes].concat());
+    bytes.extend_from_slice(sum.as_bytes());
+    let _ = std::fs::remove_file(&record);
+    std::fs::write(record, bytes).unwrap();
+}
+
+#[test]
+fn kept_pages_that_are_not_what_the_chunks_say_are_found_and_removed() {
+    let place = Place::new();
+    let mut client = place.connect();
+    let kept = |id: &str| place.path().join(format!("touched/{id}.pages.ok"));
+    // On a machine that is busy all may be there before a guest needs anything.
+    let found = (40..50).find_map(|seed| {
+        let (id, _) = capture(&mut client, seed, "one");
+        client = without_templates(&place, place.connect(), &id);
+        let guest = Guest::new(&mut client, &id);
+        for page in [70, 4, 800] {
+            guest.page(page).unwrap();
+        }
+        drop(guest);
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while !kept(&id).exists() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        kept(&id).exists().then_some(id)
+    });
+    let id = found.expect("nothing was ever kept");
+    assert_eq!(bad_templates(&mut client), [] as [String; 0]);
+    falsify_first_pages(&place.path(), &id);
+    assert_eq!(
+        bad_templates(&mut client),
+        [format!("{id} pages needed first")]
+    );
+    assert!(!kept(&id).exists());
+    assert_eq!(bad_templates(&mut client), [] as [String; 0]);
 }
 
 /// Pages that the record of a snapshot names, if there is one.
