@@ -526,6 +526,20 @@ fn shutdown_ends_programs_and_then_the_agent() {
 }
 
 #[test]
+fn a_shutdown_waits_a_moment_for_its_reply_to_be_taken() {
+    let mut agent = Agent::start();
+    let connection = agent.connect();
+    let held = connection.try_clone().unwrap();
+    let began = Instant::now();
+    let mode = v1::shutdown::Mode::PowerOff;
+    belljar_protocol::client::shutdown(connection, mode, Some(Duration::ZERO), soon()).unwrap();
+    assert!(agent.wait().success());
+    let time = began.elapsed();
+    assert!(time >= Duration::from_millis(200), "{time:?}");
+    drop(held);
+}
+
+#[test]
 fn a_shutdown_gives_time_to_what_runs_outside_of_all_groups_too() {
     let mut agent = Agent::start();
     let folder = tempfile::tempdir().unwrap();

@@ -21,7 +21,7 @@ pub(super) fn answer(context: &Context, conn: &mut Conn, request: v1::Request) -
     match call {
         Call::Ping(_) => Ok(Outcome::Reply(Answer::Pong(pong(context)))),
         Call::Touch(_) => Ok(Outcome::Reply(Answer::Touch(v1::Touched {}))),
-        Call::Shutdown(call) => process::ask(context, Asked::Shutdown(call)),
+        Call::Shutdown(call) => process::shutdown(context, conn, call),
         Call::Exec(call) => process::exec(context, conn, &call),
         Call::Attach(call) => process::attach(context, conn, call),
         Call::ListProcesses(call) => process::ask(context, Asked::List(call)),

@@ -112,19 +112,28 @@ pub(super) fn wait_end(
 
 /// Calls with one answer of the holder, which is the reply.
 pub(super) fn ask(context: &Context, asked: Asked) -> Answered {
-    if matches!(asked, Asked::Shutdown(_)) {
-        context.holder.retire();
-    }
     let answer = match context.holder.ask(asked)? {
         Said::List(list) => Answer::Processes(list),
         Said::Info(info) => Answer::Process(info),
         Said::SignalSent(sent) => Answer::Signal(sent),
         Said::Resized(resized) => Answer::Resize(resized),
         Said::Forgotten(forgotten) => Answer::Forget(forgotten),
-        Said::Shutdown(started) => Answer::Shutdown(started),
         _ => return Err(out_of_step()),
     };
     Ok(Outcome::Reply(answer))
+}
+
+/// Begins to end the guest. The channel stays open until the host has hung up: as long as there is one,
+/// the holder leaves the power on for a moment, and a reply that is still on its way would be lost with it.
+pub(super) fn shutdown(context: &Context, conn: &mut Conn, call: v1::Shutdown) -> Answered {
+    context.holder.retire();
+    let mut channel = context.holder.open()?;
+    match channel.ask(&context.holder, Asked::Shutdown(call))? {
+        Said::Shutdown(started) => conn.send(&context.head(Answer::Shutdown(started)))?,
+        _ => return Err(out_of_step()),
+    }
+    super::linger(conn, super::LINGER_TIME);
+    Ok(Outcome::Streamed)
 }
 
 enum NotPrepared {
