@@ -1,4 +1,5 @@
-//! userfaultfd(2) and two mappings, as much of them as is used (linux/userfaultfd.h). The only unsafe code here.
+//! userfaultfd(2) and two mappings, as much of them as is used (linux/userfaultfd.h), and the heap. The only
+//! unsafe code here.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -25,6 +26,13 @@ const FLAG_WRITE: u64 = 1;
 
 /// `struct uffdio_api`, and `uffdio_range` with what follows it in the other requests.
 type Words<const N: usize> = [u64; N];
+
+/// Has threads share two heaps: otherwise the C library makes one for each thread, which takes longer than most of
+/// them live.
+pub(crate) fn share_heaps() {
+    // SAFETY: a plain call with numbers only.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 2) };
+}
 
 /// Somebody waits for a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -189,6 +189,7 @@ fn open(shared: &Arc<Shared>, call: &v1::Open) -> Answered {
     };
     let mut descriptors = Vec::new();
     let (mut handler, mut set, mut ready) = (None, None, None);
+    let mut is_template_new = false;
     if opened.has_memory {
         descriptors.push(state(&reader)?);
         let here = memory_now(shared, &reader)?;
@@ -201,7 +202,10 @@ fn open(shared: &Arc<Shared>, call: &v1::Open) -> Answered {
             (None, Some((memory, _))) => {
                 (read_only(memory).map_err(io_error("share memory"))?, false)
             }
-            (None, None) => template(shared, &reader, Part::Memory, None)?,
+            (None, None) => {
+                is_template_new = true;
+                template(shared, &reader, Part::Memory, None)?
+            }
         };
         opened.hot = was_there;
         opened.lazy = handler.is_some();
@@ -222,13 +226,15 @@ fn open(shared: &Arc<Shared>, call: &v1::Open) -> Answered {
     if opened.has_disk {
         let (disk, was_there) = template(shared, &reader, Part::Disk, None)?;
         opened.hot &= was_there;
+        is_template_new |= !was_there;
         descriptors.push(disk.into());
     }
     descriptors.extend(handler.map(|(_, socket)| socket));
     descriptors.extend(set.map(OwnedFd::from));
     opened.ready = ready.is_some();
     descriptors.extend(ready.into_iter().flat_map(|(socket, pid)| [socket, pid]));
-    if !opened.hot {
+    // Whoever fills memory behind a guest settles what comes of it.
+    if is_template_new {
         settle_later(shared, id);
     }
     Ok((Answer::Opened(opened), descriptors))

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -91,7 +91,8 @@ pub(super) struct Files {
 pub(super) fn files(shared: &Shared, begin: &v1::Begin) -> Result<Files, v1::Error> {
     let wanted = begin.expected_bytes.saturating_add(RESERVE);
     if begin.in_memory {
-        enough_memory(wanted, "the clones'")?;
+        let [free] = memory(["MemAvailable:"]);
+        enough(free, wanted, "the clones'")?;
     }
     let free = shared.templates.make_room(wanted);
     if free < wanted {
@@ -157,9 +158,9 @@ pub(super) fn sealable(name: &str) -> io::Result<File> {
     Ok(rustix::fs::memfd_create(name, flags)?.into())
 }
 
-/// What is in no file needs memory; `whose` it is.
-pub(super) fn enough_memory(wanted: u64, whose: &str) -> Result<(), v1::Error> {
-    let free = memory("MemAvailable:").unwrap_or(u64::MAX);
+/// What is in no file needs memory, of which `free` bytes are available; `whose` it is.
+pub(super) fn enough(free: Option<u64>, wanted: u64, whose: &str) -> Result<(), v1::Error> {
+    let free = free.unwrap_or(u64::MAX);
     if free >= wanted {
         return Ok(());
     }
@@ -173,12 +174,17 @@ pub(super) fn enough_memory(wanted: u64, whose: &str) -> Result<(), v1::Error> {
     ))
 }
 
-/// Bytes of this machine's memory, by their name in `/proc/meminfo`.
-pub(super) fn memory(name: &str) -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-    let kib: u64 = line.split_ascii_whitespace().next()?.parse().ok()?;
-    Some(kib.saturating_mul(1024))
+/// Bytes of this machine's memory, by their names in `/proc/meminfo`.
+pub(super) fn memory<const N: usize>(names: [&str; N]) -> [Option<u64>; N] {
+    // All of it at once: the kernel counts anew for each part that is read.
+    let mut text = String::with_capacity(8 << 10);
+    let read = File::open("/proc/meminfo").and_then(|mut file| file.read_to_string(&mut text));
+    names.map(|name| {
+        read.as_ref().ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        let kib: u64 = line.split_ascii_whitespace().next()?.parse().ok()?;
+        Some(kib.saturating_mul(1024))
+    })
 }
 
 /// The snapshot that memory may be an increment of, if its memory is still here and whole. Without memory: any.

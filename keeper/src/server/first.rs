@@ -31,7 +31,8 @@ const PAGE_BYTES: usize = 4096;
 /// Words of a record that say which file it speaks of.
 const IDENTITY: usize = 6;
 /// Longest record that makes sense.
-const LONGEST: u64 = (8 + (IDENTITY + MOST) * 8 + 32) as u64;
+const LONGEST_BYTES: usize = 8 + (IDENTITY + MOST) * 8 + 32;
+const LONGEST: u64 = LONGEST_BYTES as u64;
 
 /// The pages of a snapshot.
 #[derive(Debug)]
@@ -45,7 +46,7 @@ impl First {
     /// Opens a snapshot's file, if there is a good one for memory of so many bytes.
     pub(super) fn open(folder: &Path, id: SnapshotId, length: u64) -> Option<Self> {
         let path = path(folder, id);
-        let mut record = Vec::new();
+        let mut record = Vec::with_capacity(LONGEST_BYTES);
         let text = File::open(record_path(&path)).ok()?;
         text.take(LONGEST + 1).read_to_end(&mut record).ok()?;
         if record.len() as u64 > LONGEST {

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use belljar_store::SnapshotId;
 use rustix::fs::{SealFlags, fcntl_add_seals};
 
-use super::capture::sealable;
+use super::capture::{memory, sealable};
 use super::templates::read_only;
 use super::{Busy, Shared, locked, log};
 use crate::huge;
@@ -45,7 +45,7 @@ impl Hot {
     /// `budget`: bytes of memory; `None`: a share of this machine's.
     pub(super) fn new(budget: Option<u64>) -> Self {
         Self {
-            budget: budget.unwrap_or_else(|| memory("MemTotal:").unwrap_or(0) / SHARE),
+            budget: budget.unwrap_or_else(|| memory(["MemTotal:"])[0].unwrap_or(0) / SHARE),
             state: Mutex::default(),
         }
     }
@@ -104,7 +104,7 @@ impl Hot {
         }
         // About what it will take.
         let bytes = template.metadata()?.blocks().saturating_mul(512);
-        let enough = memory("MemAvailable:").is_none_or(|free| free / 2 >= bytes);
+        let enough = memory(["MemAvailable:"])[0].is_none_or(|free| free / 2 >= bytes);
         if bytes == 0 || bytes > self.budget || !enough {
             return Ok(());
         }
@@ -165,14 +165,6 @@ fn copy(template: &File) -> io::Result<File> {
     }
     file.set_permissions(Permissions::from_mode(0o400))?;
     Ok(file)
-}
-
-/// A line of `/proc/meminfo`, in bytes.
-fn memory(line: &str) -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|text| text.strip_prefix(line))?;
-    let kib: u64 = line.split_ascii_whitespace().next()?.parse().ok()?;
-    kib.checked_mul(1024)
 }
 
 #[cfg(test)]

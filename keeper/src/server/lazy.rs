@@ -24,7 +24,7 @@ use belljar_store::{PAGE, Reader, SnapshotId};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{SealFlags, fcntl_add_seals};
 
-use super::capture::{enough_memory, memory, sealable};
+use super::capture::{enough, memory, sealable};
 use super::first::{self, First};
 use super::regions::{Regions, receive};
 use super::templates::{Part, read_only};
@@ -41,6 +41,9 @@ const QUIET: Duration = Duration::from_millis(20);
 /// or after this time.
 const IMPATIENCE: Duration = Duration::from_secs(2);
 
+/// Pages of zeros among those that are kept for the next guest, at most. One of them that is not costs it less than
+/// others: there is nothing to read, and its fault has the zeros around it mapped, too.
+const ZEROS: usize = 64;
 /// How far back what earlier guests needed is looked for.
 const GENERATIONS: usize = 4;
 
@@ -89,9 +92,10 @@ impl Lazies {
         let image = reader.image(images::MEMORY)?;
         if !locked(&self.0).contains_key(&id) {
             let data = image.data_pages().saturating_mul(PAGE);
-            enough_memory(data, "memory that is filled while the guest runs")?;
+            let [free, all, swap] = memory(["MemAvailable:", "MemTotal:", "SwapTotal:"]);
+            enough(free, data, "memory that is filled while the guest runs")?;
             // Something is kept for each block, and a snapshot may say that it is larger than any machine.
-            let all = memory("MemTotal:").zip(memory("SwapTotal:"));
+            let all = all.zip(swap);
             if all.is_some_and(|(memory, swap)| image.length > memory.saturating_add(swap)) {
                 let message = "it has more memory than this machine";
                 return Err(super::names::refusal(v1::error::Code::NoMemory, message));
@@ -332,7 +336,13 @@ impl Lazy {
         if self.first.is_some() {
             return;
         }
-        let pages = touched.in_order().filter(|page| self.has_data(*page));
+        let mut zeros = 0;
+        let pages = touched.in_order().filter(|page| {
+            self.has_data(*page) || {
+                zeros += 1;
+                zeros <= ZEROS
+            }
+        });
         let pages: Vec<u64> = pages.take(first::MOST).collect();
         let written = First::write(folder, id, &pages, |page, bytes| {
             let read = self

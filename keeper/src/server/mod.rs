@@ -132,6 +132,7 @@ pub fn run_in(dir: &Path, surroundings: Arc<dyn Surroundings>) -> Result<(), Ser
     // Relative to it, because a socket's path may have at most 107 bytes.
     std::env::set_current_dir(dir).map_err(failed("enter the directory"))?;
     log::begin();
+    crate::sys::share_heaps();
     allow_descriptors();
     let Some(_lock) = take_lock()? else {
         return Ok(());

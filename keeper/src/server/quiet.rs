@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::locked;
 
-/// Whoever has a guest stand still for longer is not waited for.
+/// Whoever has a guest stand still for longer is not waited for, nor are many in turn.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// How often whoever waits looks whether it still may.
 const LOOK: Duration = Duration::from_millis(5);
@@ -22,7 +22,7 @@ pub(crate) struct Quiet {
 #[derive(Debug, Default)]
 struct Now {
     guests: usize,
-    /// Since when the last of them does.
+    /// Since when there is always one.
     since: Option<Instant>,
 }
 
@@ -33,8 +33,10 @@ pub(super) struct Still(Arc<Quiet>);
 impl Still {
     pub(super) fn begin(quiet: &Arc<Quiet>) -> Self {
         let mut now = locked(&quiet.now);
+        if now.guests == 0 {
+            now.since = Some(Instant::now());
+        }
         now.guests += 1;
-        now.since = Some(Instant::now());
         drop(now);
         Self(Arc::clone(quiet))
     }
@@ -53,11 +55,12 @@ impl Quiet {
     /// # Errors
     /// What `may` says.
     pub(super) fn wait(&self, mut may: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+        let began = Instant::now();
         let mut now = locked(&self.now);
         loop {
             may()?;
             let since = now.since.filter(|_| now.guests > 0);
-            if since.is_none_or(|since| since.elapsed() >= PATIENCE) {
+            if since.is_none_or(|since| since.min(began).elapsed() >= PATIENCE) {
                 return Ok(());
             }
             let waited = self.changed.wait_timeout(now, LOOK);
@@ -103,8 +106,11 @@ mod tests {
         let still = Still::begin(&quiet);
         wait();
         assert!(began.elapsed() >= PATIENCE);
-        assert!(wait() < PATIENCE);
+        // Nor do others have that begin after it.
+        let next = Still::begin(&quiet);
         drop(still);
+        assert!(wait() < PATIENCE);
+        drop(next);
         assert_eq!(locked(&quiet.now).guests, 0);
     }
 

@@ -201,7 +201,18 @@ pub(crate) fn list(client: &mut Client) -> Vec<v1::Snapshot> {
 }
 
 pub(crate) fn forget_templates(place: &Path) {
-    for entry in std::fs::read_dir(place.join("templates")).unwrap() {
-        std::fs::remove_file(entry.unwrap().path()).unwrap();
+    let entries = || {
+        std::fs::read_dir(place.join("templates"))
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+    };
+    // One may get its name meanwhile.
+    while entries().next().is_some() {
+        for path in entries() {
+            match std::fs::remove_file(path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => panic!("{error}"),
+                _ => {}
+            }
+        }
     }
 }

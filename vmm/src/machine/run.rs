@@ -45,6 +45,7 @@ const KVM_DESCRIPTOR: &str = "kvm";
 /// Runs the VMM with this process's arguments. Returns the exit status.
 pub fn main() -> i32 {
     let started = Instant::now();
+    crate::memory::own::share_one_heap();
     match args::parse(std::env::args_os().skip(1)) {
         Ok(Invocation::Help) => print(args::HELP),
         Ok(Invocation::Version) => print(&args::version_text()),

@@ -1,10 +1,17 @@
-//! Memory of this process itself that it does not need any more.
+//! Memory of this process itself.
 
 /// Bytes of the stack below the present frame that stay, for what is called next.
 const KEPT: usize = 16 << 10;
 /// So far below it the stack is looked at: less than the gap that Linux leaves free below a stack (1 MiB).
 const LOOKED_AT: usize = 512 << 10;
 const PAGE: usize = 4096;
+
+/// Keeps the C library from making a heap for each thread: they allocate little, and a clone has a page or two
+/// for each heap, and the calls that make it are on the path of a load.
+pub fn share_one_heap() {
+    // SAFETY: a plain call with numbers only.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
 
 /// Gives the part of the main thread's stack that is not in use back to the system. On another thread it does nothing.
 pub fn give_back() {

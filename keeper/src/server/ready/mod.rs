@@ -361,8 +361,8 @@ fn make(shared: &Shared, fit: &Fit) -> io::Result<Waiting> {
 }
 
 fn enough_memory() -> io::Result<()> {
-    match (memory("MemTotal:"), memory("MemAvailable:")) {
-        (Some(all), Some(free)) if free < all / FREE_SHARE => {
+    match memory(["MemTotal:", "MemAvailable:"]) {
+        [Some(all), Some(free)] if free < all / FREE_SHARE => {
             Err(io::Error::other("this machine's memory is in use"))
         }
         _ => Ok(()),
