@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::time::Duration;
 
 use rustix::fs::{SeekFrom, seek};
 
@@ -16,6 +17,13 @@ use crate::sys::Mapping;
 pub const PIECE: u64 = 2 << 20;
 /// A piece of which less is data stays as it is: holes become memory in one that is huge.
 const LEAST_DATA: u64 = PIECE / 4;
+
+/// Pieces with pages that are in use otherwise are tried again after these pauses.
+const AGAIN: [Duration; 3] = [
+    Duration::from_millis(10),
+    Duration::from_millis(50),
+    Duration::from_millis(250),
+];
 
 /// What became of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -27,28 +35,57 @@ pub struct Collapsed {
 }
 
 /// Has the page cache hold a finished file in huge pages, where much of 2 MiB is data. It takes a file on a tmpfs, a
-/// memfd, or another file system that has huge pages; elsewhere all is refused.
+/// memfd, or another file system that has huge pages; elsewhere all is refused. Waits now and then for those who use
+/// its pages, 0.3 s in all at the most.
 ///
 /// # Errors
 /// The file cannot be mapped or looked through.
 pub fn collapse(file: &File) -> io::Result<Collapsed> {
     let length = file.metadata()?.len();
-    let mut all = Collapsed::default();
     if length < PIECE {
-        return Ok(all);
+        return Ok(Collapsed::default());
     }
     let mapping = Mapping::new(file, length, PIECE)?;
-    for piece in dense(file, length)? {
-        match mapping.collapse(&piece) {
-            Ok(()) => all.huge = all.huge.saturating_add(1),
-            Err(_) => all.refused = all.refused.saturating_add(1),
+    let pieces = dense(file, length)?;
+    Ok(collapse_each(
+        pieces,
+        |piece| mapping.collapse(piece),
+        std::thread::sleep,
+    ))
+}
+
+fn collapse_each(
+    mut pieces: Vec<Range<u64>>,
+    mut collapse: impl FnMut(&Range<u64>) -> io::Result<()>,
+    mut wait: impl FnMut(Duration),
+) -> Collapsed {
+    let mut all = Collapsed::default();
+    let mut pauses = AGAIN.into_iter();
+    loop {
+        let mut later = Vec::new();
+        for piece in pieces {
+            match collapse(&piece) {
+                Ok(()) => all.huge = all.huge.saturating_add(1),
+                Err(error) if is_in_use(&error) => later.push(piece),
+                Err(_) => all.refused = all.refused.saturating_add(1),
+            }
+            // What is refused from the start is refused to the end.
+            if all.huge == 0 && all.refused >= 4 {
+                return all;
+            }
         }
-        // What is refused from the start is refused to the end.
-        if all.huge == 0 && all.refused >= 4 {
-            break;
-        }
+        let Some(pause) = pauses.next().filter(|_| !later.is_empty()) else {
+            all.refused = all.refused.saturating_add(later.len() as u64);
+            return all;
+        };
+        wait(pause);
+        pieces = later;
     }
-    Ok(all)
+}
+
+/// Somebody holds a page of it just then, or has locked it.
+fn is_in_use(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY))
 }
 
 /// Whole pieces with enough data. A piece without any is refused by the kernel (EINVAL).
@@ -135,6 +172,39 @@ mod tests {
         let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
         file.read_exact_at(&mut bytes, 0).unwrap();
         bytes
+    }
+
+    #[test]
+    fn pieces_that_are_in_use_are_tried_again_but_not_for_ever() {
+        let pieces: Vec<_> = (0..9).map(|at| at * PIECE..(at + 1) * PIECE).collect();
+        let mut tried = std::collections::BTreeMap::<u64, u32>::new();
+        let mut waited = Vec::new();
+        // The first three for a while, the fourth for ever, the fifth is refused.
+        let collapse = |piece: &Range<u64>| {
+            let number = piece.start / PIECE;
+            let times = tried.entry(number).or_default();
+            *times += 1;
+            let errno = match number {
+                0..=2 if u64::from(*times) <= number => libc::EAGAIN,
+                3 => libc::EBUSY,
+                4 => libc::EINVAL,
+                _ => return Ok(()),
+            };
+            Err(io::Error::from_raw_os_error(errno))
+        };
+        let done = collapse_each(pieces.clone(), collapse, |pause| waited.push(pause));
+        assert_eq!((done.huge, done.refused), (7, 2));
+        assert_eq!(waited, AGAIN);
+        let times: Vec<u32> = tried.into_values().collect();
+        assert_eq!(times, [1, 2, 3, 4, 1, 1, 1, 1, 1]);
+        // Where there are no huge pages, little is tried.
+        let mut tried = 0;
+        let refuse = |_: &Range<u64>| {
+            tried += 1;
+            Err(io::Error::from_raw_os_error(libc::EINVAL))
+        };
+        let done = collapse_each(pieces, refuse, |_| panic!("nothing to wait for"));
+        assert_eq!((done.huge, done.refused, tried), (0, 4, 4));
     }
 
     #[test]
