@@ -120,9 +120,11 @@ impl Chunks {
             return Err(unexpected());
         };
         if !opened.lazy {
-            return Err(Failure(
-                "the keeper had the whole memory already: this would not be lazy".to_owned(),
-            ));
+            let why = match opened.hot {
+                true => "had the whole memory already",
+                false => "made a template first, as if this machine had too little memory",
+            };
+            return Err(Failure(format!("the keeper {why}: this would not be lazy")));
         }
         match <[OwnedFd; 3]>::try_from(files) {
             Ok([state, memory, handler]) => Ok(Opened {
