@@ -21,6 +21,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::state::{self, VcpuState};
 use crate::bus::Bus;
+use crate::memory::handled::Faults;
 
 /// `struct kvm_pre_fault_memory` (KVM api.rst 4.143).
 #[repr(C)]
@@ -85,6 +86,9 @@ pub struct GuestBus {
     pub exits: ExitCounters,
     /// Guest-physical addresses of RAM, where no exit comes from as long as its pages can be had.
     pub ram: Vec<Range<u64>>,
+    /// What makes a vCPU wait for a page that is not there. It stays as long as a vCPU's thread, which only the
+    /// end of the process ends: without it, the page would be one of zeros.
+    pub faults: Option<Arc<Faults>>,
 }
 
 impl GuestBus {

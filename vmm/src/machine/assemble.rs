@@ -259,6 +259,7 @@ impl<'a> Builder<'a> {
                     .iter()
                     .map(|slot| slot.guest_start..slot.guest_start + slot.len)
                     .collect(),
+                faults: memory.faults.clone(),
                 ..GuestBus::default()
             },
             memory,

@@ -215,7 +215,8 @@ fn without_its_handler_a_guest_ends_and_says_so() {
     let log = ended_within(&mut vmm, Duration::from_secs(3), 21);
     assert!(log.contains("page-fault handler has ended"), "{log}");
     assert!(!dir.join("v.sock").exists());
-    // While it waits for a page; until then its API answers.
+    // While it waits for a page; until then its API answers. The vCPU runs until the process has ended, and the
+    // page must not be one of zeros even then.
     let mute = NUMBERS.to_string();
     let mut handler = Handler::start(dir, &["--mute", &mute]);
     let mut vmm = loading(dir, "out3", LOAD);
