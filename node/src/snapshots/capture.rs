@@ -265,6 +265,10 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
         same.then_some(())
             .ok_or_else(|| SnapshotError::Disturbed(found.called()))
     };
+    let kind = if begun.has_base { since } else { "Full" };
+    if memory.is_some() && !was_paused {
+        look_ahead(found, kind);
+    }
     let mut hold = Hold::new(found, was_paused);
     hold.freeze(disk_only)?;
     own.write_out();
@@ -300,7 +304,6 @@ pub(super) fn take(found: &Found, client: &mut Client, what: What) -> Result<Ima
             }
             // From now on the VMM counts changes from this image on, whatever becomes of it.
             found.dir().remove_record(state::LAST)?;
-            let kind = if begun.has_base { since } else { "Full" };
             hold.create(&mut api, &state, memory, kind, next_layer.as_deref())?
         }
     };
@@ -421,6 +424,19 @@ fn change_disk(found: &Found, change: &serde_json::Value) -> Result<(), Snapshot
         id: found.called(),
         source,
     })
+}
+
+/// Has the VMM look for what a snapshot will hold while the guest's programs still run, so that they stand still for
+/// less long. What fails here fails again where it counts.
+fn look_ahead(found: &Found, kind: &str) {
+    let (body, deadline) = (
+        json!({"snapshot_type": kind}).to_string(),
+        Instant::now() + CHANGE_LIMIT,
+    );
+    let call = "/snapshot/look-ahead";
+    if let Ok(mut api) = found.api() {
+        let _ = vmm::request(&mut api, "PUT", call, body.as_bytes(), deadline);
+    }
 }
 
 /// How long the VMM says that the guest did not run, and with what of it.

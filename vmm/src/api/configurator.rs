@@ -11,8 +11,8 @@ use self::balloon::{check_balloon_fits, no_balloon};
 use super::{Action, Body, Fault, InstanceState, Request};
 use crate::config::{
     BalloonStatsUpdate, BalloonUpdate, Descriptors, DrivePatch, HintingStart, Logger, Metrics,
-    Prepare, SnapshotCreate, SnapshotLoad, SnapshotReset, Source, VmConfig, WorkingSetRecord,
-    Workplace,
+    Prepare, SnapshotCreate, SnapshotLoad, SnapshotLookAhead, SnapshotReset, Source, VmConfig,
+    WorkingSetRecord, Workplace,
 };
 
 /// Where the microVM is in its life.
@@ -50,6 +50,7 @@ pub enum Effect {
     ResetSnapshot(SnapshotReset),
     /// Write down which pages the guest has touched.
     RecordWorkingSet(WorkingSetRecord),
+    LookAhead(SnapshotLookAhead),
     FlushMetrics,
     SendCtrlAltDel,
     /// End the VMM at once.
@@ -303,6 +304,14 @@ impl Configurator {
             }
             R::CreateSnapshot(create) => self.create_snapshot(create),
             R::LoadSnapshot(load) => self.load_snapshot(load),
+            R::LookAhead(look) => {
+                self.after_start("/snapshot/look-ahead")?;
+                // While the guest stands still there is nothing that could be done ahead.
+                Ok(match self.phase {
+                    Phase::Running => Effect::LookAhead(look),
+                    _ => Effect::Done,
+                })
+            }
             R::ResetSnapshot(reset) => {
                 self.after_start("/snapshot/reset")?;
                 Ok(Effect::ResetSnapshot(reset))
@@ -378,6 +387,7 @@ impl Configurator {
             | Effect::ReadBalloonStats
             | Effect::StartHinting(_)
             | Effect::StopHinting
+            | Effect::LookAhead(_)
             | Effect::ReadHinting => {}
         }
     }

@@ -2,7 +2,7 @@
 use crate::config::{
     Balloon, BalloonStatsUpdate, BalloonUpdate, BootSource, Console, Drive, DrivePatch, Entropy,
     HintingStart, Logger, MachineConfig, MachinePatch, Metrics, Prepare, Serial, SnapshotCreate,
-    SnapshotLoad, SnapshotReset, Vsock, WorkingSetRecord, Workplace,
+    SnapshotLoad, SnapshotLookAhead, SnapshotReset, Vsock, WorkingSetRecord, Workplace,
 };
 
 /// A call that was understood: its documents are valid each by itself. Whether it fits the
@@ -43,6 +43,7 @@ pub enum Request {
     LoadSnapshot(SnapshotLoad),
     ResetSnapshot(SnapshotReset),
     RecordWorkingSet(WorkingSetRecord),
+    LookAhead(SnapshotLookAhead),
 }
 
 /// `PUT /actions`.

@@ -48,6 +48,7 @@ pub fn route(method: Method, path: &str, body: &[u8]) -> Result<Request, Fault> 
         (Method::Put, "workplace", None, None) => json(body).map(R::PutWorkplace),
         (Method::Put, "actions", None, None) => action(body),
         (Method::Put, "snapshot", Some("create"), None) => json(body).map(R::CreateSnapshot),
+        (Method::Put, "snapshot", Some("look-ahead"), None) => json(body).map(R::LookAhead),
         (Method::Put, "snapshot", Some("load"), None) => json(body).map(R::LoadSnapshot),
         (Method::Put, "snapshot", Some("reset"), None) => json(body).map(R::ResetSnapshot),
         (Method::Put, "snapshot", Some("working-set"), None) => json(body).map(R::RecordWorkingSet),

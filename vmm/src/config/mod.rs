@@ -36,8 +36,8 @@ pub use machine::{
 };
 pub use output::{Console, Logger, Metrics, Serial};
 pub use snapshot::{
-    DriveOverride, MemoryBackend, SnapshotCreate, SnapshotLoad, SnapshotReset, SnapshotType,
-    WorkingSetRecord,
+    DriveOverride, MemoryBackend, SnapshotCreate, SnapshotLoad, SnapshotLookAhead, SnapshotReset,
+    SnapshotType, WorkingSetRecord,
 };
 pub use source::Source;
 pub(crate) use source::check_fd_name;

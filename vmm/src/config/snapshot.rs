@@ -44,6 +44,15 @@ pub struct SnapshotCreate {
     pub hint_free_pages_ms: u16,
 }
 
+/// `PUT /snapshot/look-ahead`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotLookAhead {
+    /// Of the snapshot that will follow.
+    #[serde(default)]
+    pub snapshot_type: SnapshotType,
+}
+
 /// `PUT /snapshot/reset`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]

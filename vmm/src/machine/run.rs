@@ -24,8 +24,8 @@ use crate::api::{
 use crate::backend::inherited;
 use crate::backend::unix::SocketFile;
 use crate::config::{
-    Expect, Logger, SnapshotCreate, SnapshotLoad, SnapshotReset, SnapshotType, Source, VmConfig,
-    WorkingSetRecord, Workplace,
+    Expect, Logger, SnapshotCreate, SnapshotLoad, SnapshotLookAhead, SnapshotReset, SnapshotType,
+    Source, VmConfig, WorkingSetRecord, Workplace,
 };
 use crate::legacy::MachineEvent;
 use crate::memory::handled::Faults;
@@ -584,6 +584,7 @@ impl Machine {
             }
             Effect::LoadSnapshot(load) => self.load_snapshot(load)?,
             Effect::ResetSnapshot(reset) => self.reset_snapshot(reset)?,
+            Effect::LookAhead(look) => self.look_ahead(*look)?,
             Effect::RecordWorkingSet(record) => self.record_working_set(record)?,
             Effect::FlushMetrics => self.write_metrics().map_err(Fault::from_error)?,
             Effect::SendCtrlAltDel => return Err(no_keyboard()),
@@ -629,6 +630,13 @@ impl Machine {
             .transpose()
             .map_err(Fault::from_error)?;
         assemble::prepare(vcpu_count, dev_kvm).map_err(Fault::from_error)
+    }
+
+    fn look_ahead(&self, look: SnapshotLookAhead) -> Result<(), Fault> {
+        let Some(guest) = &self.guest else {
+            return Ok(());
+        };
+        save::look_early(guest, look).map_err(Fault::from_error)
     }
 
     fn create_snapshot(&mut self, create: &SnapshotCreate) -> Result<(), Fault> {

@@ -9,8 +9,8 @@ use crate::backend::aside::Aside;
 use crate::backend::behind::{self, Child};
 use crate::backend::layers::{self, LayersError, Named, NextLayer};
 use crate::config::{
-    Descriptors, Expect, OpenError, SnapshotCreate, SnapshotType, Source, VmConfig,
-    WorkingSetRecord,
+    Descriptors, Expect, OpenError, SnapshotCreate, SnapshotLookAhead, SnapshotType, Source,
+    VmConfig, WorkingSetRecord,
 };
 use crate::kvm::{VcpuError, VmError};
 use crate::log_info;
@@ -131,6 +131,15 @@ pub(super) fn look_ahead(guest: &Guest, create: &SnapshotCreate) -> Result<Befor
         room: fits.then(|| Room::of(wanted).ok()).flatten(),
         found: Some(found),
     })
+}
+
+/// The same some time before: what is found now need not be looked for again.
+pub(super) fn look_early(guest: &Guest, look: SnapshotLookAhead) -> Result<(), SaveError> {
+    let memory = &guest.memory;
+    let all = look.snapshot_type != SnapshotType::Increment;
+    changes_of(&memory.changes)
+        .look_early(&memory.ram, all)
+        .map_err(|source| SaveError::Scan { source })
 }
 
 /// How long the parts of a capture took, in microseconds.

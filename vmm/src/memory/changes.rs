@@ -23,6 +23,8 @@ pub struct Changes {
     pending: RangeSet,
     /// Whether some of these were found to be zero, and not by looking at pages that are there.
     pending_zeroed: bool,
+    /// The guest's own pages, found early: all of them but those written since, which the next scan tells.
+    own: Option<RangeSet>,
     /// How often RAM became the template's again: what was taken before says nothing of what is there now.
     resets: u64,
     zeroed: Zeroed,
@@ -92,6 +94,7 @@ impl Changes {
             has_base: false,
             pending: RangeSet::default(),
             pending_zeroed: false,
+            own: None,
             resets: 0,
             zeroed,
         }
@@ -180,6 +183,13 @@ impl Changes {
         found.inspect_err(|_| self.lose())
     }
 
+    /// Does most of what [`Changes::look_ahead`] does some time before: what is found now is kept until a snapshot is
+    /// taken, and is not looked for again.
+    pub fn look_early(&mut self, ram: &GuestRam, all: bool) -> io::Result<()> {
+        self.own = self.look_ahead(ram, all)?.own;
+        Ok(())
+    }
+
     fn find_ahead(&mut self, ram: &GuestRam, all: bool) -> io::Result<Ahead> {
         let all = all || !self.has_base;
         if all {
@@ -188,15 +198,21 @@ impl Changes {
         let Watch::On { pagemap, .. } = &self.watch else {
             return Ok(Ahead::default());
         };
-        let mut own = RangeSet::default();
+        let earlier = self.own.take().filter(|_| all);
+        let look = all && earlier.is_none();
+        let mut own = earlier.unwrap_or_default();
         let mut base = 0;
         for slot in slots(ram) {
             self.register(&slot)?;
             for range in scan::written(pagemap, &slot.host_range())? {
+                let range = base + range.start..base + range.end;
+                if all && !look {
+                    own.insert(range.clone());
+                }
                 // Without a snapshot to build on this says nothing, and is not asked for.
-                self.pending.insert(base + range.start..base + range.end);
+                self.pending.insert(range);
             }
-            if all {
+            if look {
                 let host = slot.host_start as usize..(slot.host_start + slot.len) as usize;
                 for range in scan::private_pages(&host)? {
                     own.insert(base + range.start as u64..base + range.end as u64);
@@ -222,6 +238,7 @@ impl Changes {
 
     fn find(&mut self, ram: &GuestRam, ahead: Option<Ahead>) -> io::Result<Taken> {
         let recent = self.zeroed.take_recent();
+        self.own = None;
         self.begin()?;
         let resets = self.resets;
         let mut own = ahead.and_then(|ahead| ahead.own);
@@ -265,6 +282,7 @@ impl Changes {
         self.has_base = false;
         self.pending = RangeSet::default();
         self.pending_zeroed = false;
+        self.own = None;
     }
 
     /// RAM is the template's again. A snapshot that is still being written is nothing to build on.
