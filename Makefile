@@ -31,7 +31,7 @@ verify-hw: ## the same tests on hardware virtualisation, and which CPU it was
 	@scripts/verify-hw
 
 build: setup ## the release binaries
-	cargo build --release --workspace
+	cargo build --release
 
 kernel: setup ## the guest kernel
 	@kernel-config/build
