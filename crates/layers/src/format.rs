@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::CLUSTER;
-use crate::checksum::crc32;
+use crc32fast::hash as crc32;
 
 /// Bytes of a header and of a page of the map.
 pub(crate) const BLOCK: usize = 4096;

@@ -20,7 +20,6 @@
 
 mod bitmap;
 mod build;
-mod checksum;
 mod error;
 mod format;
 mod layer;

@@ -98,7 +98,7 @@ pub fn layer(bytes: &[u8]) {
 pub fn resealed(bytes: &[u8]) {
     let mut bytes = bytes.to_vec();
     for block in bytes.as_chunks_mut::<BLOCK>().0 {
-        let sum = crate::checksum::crc32(block.get(..BLOCK - 4).unwrap_or_default());
+        let sum = crc32fast::hash(block.get(..BLOCK - 4).unwrap_or_default());
         if let Some(at) = block.last_chunk_mut() {
             *at = sum.to_le_bytes();
         }

@@ -66,7 +66,7 @@ pub(super) fn seal(body: &[u8]) -> Result<Vec<u8>, FormatError> {
     file.extend_from_slice(&VERSION.to_le_bytes());
     file.extend_from_slice(&len.to_le_bytes());
     file.extend_from_slice(body);
-    let sum = crc32(&file);
+    let sum = crc32fast::hash(&file);
     file.extend_from_slice(&sum.to_le_bytes());
     Ok(file)
 }
@@ -95,7 +95,7 @@ fn open(file: &[u8]) -> Result<&[u8], FormatError> {
         });
     }
     let (covered, sum) = file.split_last_chunk().ok_or(FormatError::Checksum)?;
-    if crc32(covered) != u32::from_le_bytes(*sum) {
+    if crc32fast::hash(covered) != u32::from_le_bytes(*sum) {
         return Err(FormatError::Checksum);
     }
     rest.get(..len).ok_or(FormatError::Checksum)
@@ -120,34 +120,6 @@ fn check_field_count(mut body: &[u8]) -> Result<(), FormatError> {
     }
 }
 
-/// CRC-32 as zip and Ethernet have it.
-fn crc32(bytes: &[u8]) -> u32 {
-    const POLYNOMIAL: u32 = 0xedb8_8320;
-    const TABLE: [u32; 256] = {
-        let mut table = [0; 256];
-        let mut byte = 0;
-        while byte < 256 {
-            let mut value = byte as u32;
-            let mut bit = 0;
-            while bit < 8 {
-                let low = value & 1;
-                value = (value >> 1) ^ (POLYNOMIAL * low);
-                bit += 1;
-            }
-            #[expect(clippy::indexing_slicing, reason = "evaluated by the compiler")]
-            {
-                table[byte] = value;
-            }
-            byte += 1;
-        }
-        table
-    };
-    !bytes.iter().fold(u32::MAX, |sum, byte| {
-        let index = usize::from(sum as u8 ^ byte);
-        (sum >> 8) ^ TABLE.get(index).copied().unwrap_or(0)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -156,7 +128,7 @@ mod tests {
 
     #[test]
     fn the_checksum_is_the_well_known_one() {
-        assert_eq!(crc32(b"123456789"), 0xcbf4_3926);
+        assert_eq!(crc32fast::hash(b"123456789"), 0xcbf4_3926);
     }
 
     #[test]
