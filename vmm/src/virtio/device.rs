@@ -242,8 +242,8 @@ pub trait VirtioDevice: Send {
     /// The driver kicked `queue`, or the machine resumed and asks every queue to be looked at.
     fn queue_notified(&mut self, io: &mut DeviceIo<'_>, queue: usize) -> Result<(), DeviceError>;
 
-    /// Whether a kick of `queue` must be served before the driver goes on: then it takes the
-    /// exit of the register write instead of an ioeventfd.
+    /// Whether a kick of `queue` must be served before the driver goes on, or is too rare for an ioeventfd: then it
+    /// takes the exit of the register write.
     fn kicked_synchronously(&self, _queue: usize) -> bool {
         false
     }

@@ -191,6 +191,11 @@ impl VirtioDevice for Vsock {
         self.finish_call(io, false)
     }
 
+    /// Buffers for events are posted as good as never: no ioeventfd for them, which each load would wait for.
+    fn kicked_synchronously(&self, queue: usize) -> bool {
+        queue == EVENT
+    }
+
     fn queue_notified(&mut self, io: &mut DeviceIo<'_>, queue: usize) -> Result<(), DeviceError> {
         if !self.is_through(io)? {
             return Ok(());
