@@ -168,6 +168,22 @@ mod tests {
         assert_eq!(again.huge + again.refused, 3, "{again:?}");
     }
 
+    #[test]
+    fn far_apart_in_a_large_file_all_become_huge() {
+        let apart = 128 << 20;
+        let file = memfd(12 * apart);
+        let bytes = vec![5; PIECE as usize];
+        for number in 0..12 {
+            file.write_all_at(&bytes, number * apart).unwrap();
+        }
+        let done = collapse(&file).unwrap();
+        if done.huge == 0 {
+            eprintln!("skipped: no huge pages for files here");
+            return;
+        }
+        assert_eq!((done.huge, done.refused), (12, 0));
+    }
+
     fn read(file: &File) -> Vec<u8> {
         let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
         file.read_exact_at(&mut bytes, 0).unwrap();

@@ -349,9 +349,14 @@ impl Mapping {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         let start = self.start.saturating_add(part.start) as *mut libc::c_void;
-        // SAFETY: the range lies in the mapping; its contents stay the same.
-        if unsafe { libc::madvise(start, length(part) as usize, MADV_COLLAPSE) } == 0 {
-            return Ok(());
+        // Where nothing of 1 GiB was touched so far the kernel has no table for its 2 MiB pieces. Linux 6.12 makes the
+        // huge page all the same and then says EINVAL, as it cannot map it; with one page touched it has the table.
+        // SAFETY: both ranges lie in the mapping; its contents stay the same.
+        unsafe {
+            libc::madvise(start, PAGE as usize, libc::MADV_POPULATE_READ);
+            if libc::madvise(start, length(part) as usize, MADV_COLLAPSE) == 0 {
+                return Ok(());
+            }
         }
         Err(io::Error::last_os_error())
     }
