@@ -9,6 +9,7 @@ use super::restore::{LoadError, memory_file, read_working_set};
 use crate::api::Fault;
 use crate::config::{Descriptors, PreparedMemory};
 use crate::memory::template;
+use crate::memory::working_set::Copied;
 
 /// Bytes of heap and stack that a load uses, about.
 const HEAP: usize = 112 << 10;
@@ -41,7 +42,11 @@ pub(super) fn map_ahead(
     prepared.vm.map_ram(&ram).map_err(Fault::from_error)?;
     if let Some(source) = &wanted.working_set {
         let set = read_working_set(source, descriptors).map_err(Fault::from_error)?;
-        set.bring_in(&ram, prepared.pre_fault());
+        let copied = match &memory.memory.template {
+            Some(file) => set.copy_ahead(&ram, file),
+            None => Copied::default(),
+        };
+        set.bring_in(&ram, &copied, prepared.pre_fault());
     }
     prepared.memory = Some(memory);
     Ok(())

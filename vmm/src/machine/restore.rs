@@ -22,7 +22,7 @@ use crate::config::{
 use crate::kvm::{Vcpu, Vm};
 use crate::log_debug;
 use crate::memory::handled::{self, Faults};
-use crate::memory::working_set::{self, WorkingSet, WorkingSetError};
+use crate::memory::working_set::{self, Copied, WorkingSet, WorkingSetError};
 use crate::memory::{self, GuestRam, MemoryError, template};
 use crate::snapshot::{self, FormatError, Saved, format};
 use crate::virtio::device::{InterruptLine, RestoreError};
@@ -295,6 +295,11 @@ impl Snapshot {
         };
         let notifier = parts.notifier.clone();
         let ram = Arc::clone(&memory.ram);
+        // Before RAM is watched, or a device looks into it.
+        let copied = match (&memory.template, &memory.faults) {
+            (Some(file), None) if !is_there => self.working_set.copy_ahead(&ram, file),
+            _ => Copied::default(),
+        };
         if self.track {
             memory.watch()?;
         }
@@ -316,7 +321,7 @@ impl Snapshot {
         tell_generation(builder.vm, &ram, saved)?;
         stage("devices restored");
         if !is_there {
-            self.working_set.bring_in(&ram, pre_fault(&vcpus));
+            self.working_set.bring_in(&ram, &copied, pre_fault(&vcpus));
             stage("working set brought in");
         }
         let running = builder.start(vcpus)?;
@@ -354,7 +359,7 @@ fn go_back_to(guest: &mut Guest, origin: &Origin) -> Assembled<()> {
     guest.vm.restore(&saved.vm, false, tsc_set)?;
     restore_devices(&guest.devices, saved, Transport::go_back)?;
     tell_generation(&guest.vm, &guest.memory.ram, saved)?;
-    working_set.bring_in(&guest.memory.ram, |_, _| {});
+    working_set.bring_in(&guest.memory.ram, &Copied::default(), |_, _| {});
     Ok(())
 }
 

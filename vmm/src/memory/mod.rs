@@ -9,6 +9,7 @@ pub mod changes;
 pub mod discard;
 pub mod dump;
 pub mod handled;
+mod huge_copy;
 pub mod own;
 pub mod ranges;
 pub mod registers;

@@ -20,9 +20,24 @@ struct Register {
     ioctls: u64,
 }
 
+/// `struct uffdio_copy`.
+#[repr(C)]
+struct Copy {
+    to: u64,
+    from: u64,
+    len: u64,
+    mode: u64,
+    copied: i64,
+}
+
 const UFFD_API: u64 = 0xaa;
 const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
 const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
+/// Nobody waits for the pages.
+const COPY_DONT_WAKE: u64 = 1;
+/// Of the system call: without faults of the kernel, and so without rights (5.11).
+const USER_MODE_ONLY: i32 = 1;
 /// On `/dev/userfaultfd`, with open flags as the argument.
 const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
 
@@ -68,6 +83,14 @@ impl Userfault {
         }
     }
 
+    /// One for [`Self::copy`] only.
+    pub(super) fn for_copies() -> io::Result<Self> {
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
+        // SAFETY: the argument is a number.
+        let made = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) as i32 };
+        Self::enabled(made, 0, false)
+    }
+
     /// A descriptor that also sees faults of the kernel (KVM's are): through the device, or as a privileged
     /// process by the system call.
     fn new(features: u64, tells_writes: bool) -> io::Result<Self> {
@@ -78,6 +101,11 @@ impl Userfault {
             // SAFETY: so it is here.
             Err(_) => unsafe { libc::syscall(libc::SYS_userfaultfd, flags) as i32 },
         };
+        Self::enabled(made, features, tells_writes)
+    }
+
+    /// The descriptor `made`, unless that is an error.
+    fn enabled(made: i32, features: u64, tells_writes: bool) -> io::Result<Self> {
         if made < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -93,6 +121,24 @@ impl Userfault {
             return Err(io::Error::last_os_error());
         }
         Ok(Self { fd, tells_writes })
+    }
+
+    /// Puts copies of pages where none are yet, in a range that is registered for missing ones. Those before one that
+    /// cannot be had are there after an error.
+    pub(super) fn copy(&self, to: u64, from: u64, len: u64) -> io::Result<()> {
+        let mut copy = Copy {
+            to,
+            from,
+            len,
+            mode: COPY_DONT_WAKE,
+            copied: 0,
+        };
+        // SAFETY: the argument is the structure that the call names. Only pages that nobody has used so far change,
+        // and both ranges are checked by the kernel.
+        if unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_COPY, &mut copy) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
     }
 
     /// Whether it can be registered for writes.

@@ -3,10 +3,12 @@
 //! Each page that a restored guest writes costs an exit, a copy and two page faults, one by one. Which pages these
 //! are repeats from one restore of a snapshot to the next. Pages that are only read are not worth it: the page
 //! cache has them, and many of them are mapped at a time (`docs/performance.md`).
+use std::fs::File;
 use std::io;
+use std::ops::Range;
 
 use super::ranges::RangeSet;
-use super::{GuestRam, Slot, scan, slots};
+use super::{GuestRam, Slot, huge_copy, scan, slots};
 
 const PAGE: u64 = 4096;
 const MAGIC: &[u8; 8] = b"BJWSET1\n";
@@ -27,6 +29,20 @@ pub const MAX_LEN: usize = MAGIC.len() + MAX_RUNS * RUN;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WorkingSet {
     written: RangeSet,
+}
+
+/// What of a working set is in RAM already.
+#[derive(Debug, Default)]
+pub struct Copied {
+    /// `None`: nothing is.
+    all_but: Option<RangeSet>,
+}
+
+impl Copied {
+    fn has(&self, range: &Range<u64>) -> bool {
+        let left = self.all_but.as_ref();
+        left.is_some_and(|left| left.within(range).next().is_none())
+    }
 }
 
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -101,9 +117,19 @@ impl WorkingSet {
         Ok(set)
     }
 
-    /// Copies the pages, the first 16 MiB of them; `map` is then told guest-physical address and length of each
-    /// run. What lies outside RAM is left out. A hint: what the kernel cannot do now it does when the guest comes.
-    pub fn bring_in(&self, ram: &GuestRam, mut map: impl FnMut(u64, u64)) {
+    /// Copies the pages, the first 16 MiB of them, from the memory file if it has huge pages. To be called before
+    /// anything else touches `ram`; [`Self::bring_in`] copies the others.
+    pub fn copy_ahead(&self, ram: &GuestRam, file: &File) -> Copied {
+        let left = huge_copy::copy(ram, file, &self.written, MAX_BROUGHT * PAGE);
+        Copied {
+            all_but: left.unwrap_or_default(),
+        }
+    }
+
+    /// Copies the pages that are not there yet, the first 16 MiB of all; `map` is then told guest-physical address and
+    /// length of each run. What lies outside RAM is left out. A hint: what the kernel cannot do now it does when the
+    /// guest comes.
+    pub fn bring_in(&self, ram: &GuestRam, copied: &Copied, mut map: impl FnMut(u64, u64)) {
         let mut base = 0;
         let mut left = MAX_BROUGHT * PAGE;
         for slot in slots(ram) {
@@ -114,7 +140,9 @@ impl WorkingSet {
                     return;
                 }
                 left -= len;
-                populate(&slot, range.start - base, len);
+                if !copied.has(&range) {
+                    populate(&slot, range.start - base, len);
+                }
                 map(slot.guest_start + range.start - base, len);
             }
             base += slot.len;
@@ -164,7 +192,9 @@ mod tests {
         assert_eq!(set, recorded);
         let second = map_file(&file, 32).unwrap();
         let mut runs = Vec::new();
-        set.bring_in(&second, |start, len| runs.push((start, len)));
+        set.bring_in(&second, &Copied::default(), |start, len| {
+            runs.push((start, len));
+        });
         assert_eq!(runs, [(5 * PAGE, PAGE)]);
         assert_eq!(WorkingSet::record(&second).unwrap(), recorded);
         assert_eq!(second.read_obj::<u8>(GuestAddress(5 * PAGE)).unwrap(), 3);
@@ -187,7 +217,7 @@ mod tests {
             written: [PAGE..9 << 20, 10 << 20..32 << 20].into_iter().collect(),
         };
         let mut sum = 0;
-        set.bring_in(&ram, |_, len| sum += len);
+        set.bring_in(&ram, &Copied::default(), |_, len| sum += len);
         assert_eq!(sum, 16 << 20);
         let own = WorkingSet::record(&ram).unwrap();
         let own: u64 = own
@@ -196,6 +226,25 @@ mod tests {
             .map(|range| range.end - range.start)
             .sum();
         assert_eq!(own, 16 << 20);
+    }
+
+    #[test]
+    fn what_was_copied_ahead_is_not_populated_again_but_mapped() {
+        let ram = map_file(&template(), 32).unwrap();
+        let pages = |of: &[(u64, u64)]| -> RangeSet {
+            let bytes = |(first, count): &(u64, u64)| first * PAGE..(first + count) * PAGE;
+            of.iter().map(bytes).collect()
+        };
+        let set = WorkingSet {
+            written: pages(&[(1, 2), (9, 1)]),
+        };
+        let copied = Copied {
+            all_but: Some(pages(&[(9, 1)])),
+        };
+        let mut runs = Vec::new();
+        set.bring_in(&ram, &copied, |start, len| runs.push((start, len)));
+        assert_eq!(runs, [(PAGE, 2 * PAGE), (9 * PAGE, PAGE)]);
+        assert_eq!(WorkingSet::record(&ram).unwrap().written, pages(&[(9, 1)]));
     }
 
     #[test]
@@ -223,7 +272,7 @@ mod tests {
             let words = words.iter().flat_map(|word| (word >> (word % 64)).to_le_bytes());
             let bytes = MAGIC.iter().copied().chain(words).collect::<Vec<_>>();
             if let Ok(set) = WorkingSet::decode(&bytes) {
-                set.bring_in(&ram, |start, len| assert!(start + len <= 32 << 20));
+                set.bring_in(&ram, &Copied::default(), |start, len| assert!(start + len <= 32 << 20));
             }
         }
     }
