@@ -18,6 +18,16 @@ step() {
     return "$status"
 }
 
+# A target directory in the cache, for all checkouts. One that has grown too large is begun anew, unless somebody may be
+# using it: no run takes as long as two hours.
+shared_target() {
+    local dir=${BELLJAR_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/belljar}/target
+    if [ -z "$(find "$dir/used" -mmin -120 2>/dev/null)" ] && [ "$(du -sm "$dir" 2>/dev/null | cut -f1)" -gt 12000 ] 2>/dev/null; then
+        rm -rf "$dir"
+    fi
+    mkdir -p "$dir" && touch "$dir/used" && echo "$dir"
+}
+
 # Where cargo puts the release binaries of the workspace.
 release_dir() {
     echo "$(cargo metadata --format-version 1 --no-deps | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/x86_64-unknown-linux-gnu/release"
