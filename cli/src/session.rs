@@ -14,7 +14,7 @@ use belljar_node::process::{
     self, DetachKeys, Dial, ExecSpec, Io, Notice, OnInterrupt, Outcome, Patience, SIGNALS, Session,
     SessionError, TERMINAL_SIGNALS,
 };
-use belljar_node::registry::{ConnectError, Found, State};
+use belljar_node::registry::Found;
 use belljar_node::sys::SignalFd;
 use belljar_node::v1;
 
@@ -285,7 +285,6 @@ pub(crate) fn comment(outcome: &Outcome) {
 
 /// Why a session with a found sandbox failed: its state says more than a broken connection.
 pub(crate) fn explain(found: &Found, error: &SessionError) -> Failure {
-    let id = || found.called();
     let unreachable = matches!(
         error,
         SessionError::Gone(_)
@@ -294,14 +293,10 @@ pub(crate) fn explain(found: &Found, error: &SessionError) -> Failure {
             | SessionError::Cut { .. }
             | SessionError::CutBeforeStart
     );
-    if unreachable {
-        match found.state() {
-            State::Running(_) => {}
-            State::Paused(_) => return ConnectError::Paused { id: id() }.into(),
-            state => return ConnectError::NotRunning { id: id(), state }.into(),
-        }
+    if unreachable && let Some(why) = found.why_unreachable() {
+        return why.into();
     }
-    failure(error, &id())
+    failure(error, &found.called())
 }
 
 /// Why a session failed; `called`: by what the user knows the sandbox.

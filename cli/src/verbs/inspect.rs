@@ -47,7 +47,7 @@ fn describe_any(word: &str, args: &Args) -> Result<Value, Failure> {
         Ok(found) => {
             return serde_json::to_value(inspect::inspect(&found)).map_err(Failure::new);
         }
-        Err(unknown @ FindError::Unknown { .. }) => unknown,
+        Err(unknown @ (FindError::Unknown { .. } | FindError::Gone(_))) => unknown,
         Err(other) => return Err(other.into()),
     };
     // No keeper is started for a mistyped name where there never was a snapshot.
@@ -56,6 +56,10 @@ fn describe_any(word: &str, args: &Args) -> Result<Value, Failure> {
     }
     match Stores::connect(&args.keeper.keeper(&root))?.describe(word) {
         Ok(description) => Ok(describe_snapshot(&description)),
+        Err(KeeperError::Refused {
+            code: keeper::error::Code::NoSnapshot,
+            ..
+        }) if matches!(unknown, FindError::Gone(_)) => Err(unknown.into()),
         Err(KeeperError::Refused {
             code: keeper::error::Code::NoSnapshot,
             ..

@@ -4,7 +4,7 @@ mod condition;
 mod reach;
 
 use crate::state::spec::SandboxSpec;
-use crate::state::{Owner, SandboxDir, StateError, StateRoot};
+use crate::state::{Gone, Owner, SandboxDir, StateError, StateRoot};
 
 pub use condition::State;
 pub use reach::{ConnectError, SocketPath};
@@ -28,6 +28,8 @@ pub enum FindError {
         /// Names and ids that look like it.
         similar: Vec<String>,
     },
+    #[error("sandbox {} is gone: {}", .0.called(), .0.ended.meaning)]
+    Gone(Box<Gone>),
     #[error("'{word}' could be any of: {}", matches.join(", "))]
     Ambiguous { word: String, matches: Vec<String> },
     #[error(transparent)]
@@ -46,10 +48,19 @@ impl FindError {
                 )
             }
             Self::Unknown { .. } => "'belljar ls -a' lists all sandboxes".to_owned(),
+            Self::Gone(gone) => gone_remedy(gone),
             Self::Ambiguous { .. } => "write more of the name or id".to_owned(),
             Self::State(_) => "'belljar doctor' checks the state directory".to_owned(),
         }
     }
+}
+
+/// What the user can do about a sandbox that is gone.
+fn gone_remedy(gone: &Gone) -> String {
+    format!(
+        "{} has the last lines of its console and its VMM's log; a sandbox with a --name stays, and can be looked at and started again",
+        gone.path.display()
+    )
 }
 
 /// The sandbox that `word` means: its id or name, or the beginning of one if only one begins so.
@@ -86,9 +97,12 @@ pub fn find(root: &StateRoot, word: &str) -> Result<Found, FindError> {
                 dir: dir.unwrap_or_else(|| SandboxDir::existing(&path)),
             })
         }
-        [] | [_] => Err(FindError::Unknown {
-            word: word.to_owned(),
-            similar: similar(word, names.iter().map(|(name, _)| name.as_str())),
+        [] | [_] => Err(match root.gone(word) {
+            Some(gone) => FindError::Gone(Box::new(gone)),
+            None => FindError::Unknown {
+                word: word.to_owned(),
+                similar: similar(word, names.iter().map(|(name, _)| name.as_str())),
+            },
         }),
         many => {
             let mut matches: Vec<String> = many.iter().map(|id| called(id)).collect();

@@ -10,11 +10,15 @@ use std::time::{Duration, Instant};
 use belljar_protocol::{AGENT_PORT, hybrid};
 
 use super::{Found, State};
-use crate::state::{self, SandboxDir};
+use crate::state::{self, Gone, SandboxDir};
 use crate::vmm::{self, ApiError};
 
 /// A VMM says within this time whether it is paused: its API has a thread of its own.
 const ASK_LIMIT: Duration = Duration::from_millis(500);
+
+/// One whose VMM has ended is removed within this time.
+const END_LIMIT: Duration = Duration::from_secs(1);
+const END_STEP: Duration = Duration::from_millis(10);
 
 /// A guest's port could not be reached.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +27,9 @@ pub enum ConnectError {
     NotRunning { id: String, state: State },
     #[error("sandbox {id} is paused")]
     Paused { id: String },
+    /// It ended just now, and went away with its guest.
+    #[error("sandbox {} is gone: {}", .0.called(), .0.ended.meaning)]
+    Gone(Box<Gone>),
     /// It runs, but what was asked for does not answer.
     #[error("sandbox {id}: {source}")]
     Guest {
@@ -49,6 +56,7 @@ impl ConnectError {
             Self::NotRunning { id, state } => state
                 .remedy(id)
                 .unwrap_or_else(|| format!("'belljar start {id}' starts it")),
+            Self::Gone(gone) => super::gone_remedy(gone),
             Self::Paused { id } => format!("'belljar resume {id}' lets it go on"),
             Self::Guest { id, port, .. } if *port == AGENT_PORT => format!(
                 "the guest's agent does not answer: 'belljar console {id}' shows what the guest says, 'belljar debug state {id}' what the host sees"
@@ -101,10 +109,28 @@ impl Found {
 
     fn explain(&self, port: u32, source: hybrid::ConnectError) -> ConnectError {
         let id = self.called();
-        match self.state() {
-            State::Running(_) => ConnectError::Guest { id, port, source },
-            State::Paused(_) => ConnectError::Paused { id },
-            state => ConnectError::NotRunning { id, state },
+        self.why_unreachable()
+            .unwrap_or(ConnectError::Guest { id, port, source })
+    }
+
+    /// Why its guest cannot be reached; `None` if it runs. Of one that is about to end, waits a moment for the end.
+    #[must_use]
+    pub fn why_unreachable(&self) -> Option<ConnectError> {
+        let id = self.called();
+        let deadline = Instant::now() + END_LIMIT;
+        loop {
+            match self.state() {
+                State::Running(_) => return None,
+                State::Paused(_) => return Some(ConnectError::Paused { id }),
+                State::Busy if Instant::now() < deadline => std::thread::sleep(END_STEP),
+                state => {
+                    let gone = self
+                        .dir
+                        .gone()
+                        .map(|gone| ConnectError::Gone(Box::new(gone)));
+                    return Some(gone.unwrap_or(ConnectError::NotRunning { id, state }));
+                }
+            }
         }
     }
 

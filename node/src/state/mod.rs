@@ -24,8 +24,10 @@
 //! | `disk` | the writable disk, if it has none: a large one, or an old one |
 //! | `disk.new` | one that is about to replace it |
 //!
-//! `…/names/NAME` are symbolic links to the directories of the sandboxes that have a name.
+//! `…/names/NAME` are symbolic links to the directories of the sandboxes that have a name; `…/gone/ID.json` tells how
+//! one ended that went away with its guest.
 
+mod gone;
 mod names;
 mod process;
 mod records;
@@ -42,6 +44,7 @@ use std::time::{Duration, Instant, SystemTime};
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
+pub use gone::Gone;
 pub use names::ClaimError;
 pub use process::{ProcessRecord, boot_id};
 

@@ -107,7 +107,15 @@ fn finish(dir: &SandboxDir, mut owner: UnixStream, outcome: &io::Result<After>) 
     }
     // The lock is still held: it is the open file at descriptor 1.
     let spec: Option<SandboxSpec> = dir.read_record(state::CONFIG).ok().flatten();
-    let stays = spec.is_some_and(|spec| spec.life == Life::Persistent);
+    let stays = spec
+        .as_ref()
+        .is_some_and(|spec| spec.life == Life::Persistent);
+    // Of one with an owner, the owner tells.
+    if let Some(spec) = spec.filter(|spec| spec.life == Life::Detached)
+        && let Ok(Some(ended)) = dir.read_record(state::ENDED)
+    {
+        dir.remember_end(spec.name, &ended);
+    }
     let removed = stays || dir.remove().is_ok();
     u8::from(outcome.is_err() || !removed)
 }

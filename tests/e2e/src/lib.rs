@@ -232,6 +232,32 @@ impl User {
         entries.flatten().map(|entry| entry.path()).collect()
     }
 
+    /// How guests of this user ended, what their VMMs said, and what the host's kernel says: for a story that failed.
+    fn tell_of_ends(&self) {
+        let ends = ["ended.json", "vmm.log"].map(OsStr::new);
+        let files = |dir: PathBuf| fs::read_dir(dir).into_iter().flatten().flatten();
+        let of_sandboxes = self.sandboxes().into_iter().flat_map(files);
+        let of_sandboxes = of_sandboxes.filter(|file| ends.contains(&&*file.file_name()));
+        for file in of_sandboxes.chain(files(self.state().join("gone"))) {
+            let path = file.path();
+            let said = fs::read(&path).unwrap_or_default();
+            let said = said
+                .get(said.len().saturating_sub(4096)..)
+                .unwrap_or_default();
+            eprintln!("{}:\n{}", path.display(), String::from_utf8_lossy(said));
+        }
+        if std::env::var_os("BELLJAR_HOST").is_some()
+            && let Ok(log) = Command::new("dmesg").output()
+        {
+            let log = String::from_utf8_lossy(&log.stdout).into_owned();
+            let lines: Vec<_> = log.lines().collect();
+            let last = lines
+                .get(lines.len().saturating_sub(30)..)
+                .unwrap_or_default();
+            eprintln!("the host's kernel:\n{}", last.join("\n"));
+        }
+    }
+
     /// Checks that no process and no state of this user is left, soon.
     pub fn has_nothing_left(&self) {
         eventually("no process and no state to be left", || {
@@ -242,7 +268,9 @@ impl User {
 
 impl Drop for User {
     fn drop(&mut self) {
-        if !thread::panicking() {
+        if thread::panicking() {
+            self.tell_of_ends();
+        } else {
             self.has_nothing_left();
         }
     }

@@ -21,6 +21,31 @@ fn a_killed_vmm_is_told_and_cleaned_up() {
 }
 
 #[test]
+fn how_a_guest_ended_that_nobody_looked_at_can_be_asked_later() {
+    let user = User::new();
+    let sandbox = user.sandbox(&["--rm", "--name", "web"]);
+    kill(user.processes("belljar-vmm")[0]);
+    // At once: the end may not have been written down yet.
+    let said = sandbox.says("exec", &["--", "true"]);
+    assert_eq!(said.code(), 125, "{}", said.err);
+    said.explains(&[
+        "sandbox web is gone: the VMM was killed by SIGKILL",
+        "gone/",
+    ]);
+    user.has_nothing_left();
+    for words in [
+        &["exec", "web", "--", "true"][..],
+        &["inspect", "web"],
+        &["rm", sandbox.id()],
+    ] {
+        let said = user.says(words);
+        said.explains(&["sandbox web is gone: the VMM was killed by SIGKILL"]);
+    }
+    let said = user.says(&["inspect", "we"]);
+    said.explains(&["there is no sandbox 'we'"]);
+}
+
+#[test]
 fn a_killed_supervisor_takes_the_vmm_with_it() {
     let user = User::new();
     let running = user.start(&ENDLESS);
